@@ -1,0 +1,92 @@
+"""Argument checks shared by all operators. Each names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+
+def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Require (B, H, N, D) floating-point tensors of one dtype on one device; shapes are compared by the caller."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{op}: {name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{op}: {name} must be on query's device {query.device}, got {tensor.device}")
+    if query.shape[3] < 1:
+        raise ValueError(f"{op}: head_dim (last dimension of query) must be at least 1, got {query.shape[3]}")
+
+
+def same_shape(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{op}: {name} must have query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}")
+
+
+def parameter(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{op}: {name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def integer(op: str, name: str, value, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+
+
+def grid_of_tokens(op: str, grid: tuple[int, int], tokens: int, num_prefix_tokens: int) -> tuple[int, int]:
+    """Require ``num_prefix_tokens + h * w == tokens``; returns (h, w)."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"{op}: grid must be a pair (height, width), got {grid!r}")
+    height, width = grid
+    integer(op, "grid height", height, 0)
+    integer(op, "grid width", width, 0)
+    integer(op, "num_prefix_tokens", num_prefix_tokens, 0)
+    if num_prefix_tokens + height * width != tokens:
+        raise ValueError(
+            f"{op}: query has {tokens} tokens, but grid {height} x {width} with num_prefix_tokens={num_prefix_tokens} "
+            f"makes {num_prefix_tokens + height * width}"
+        )
+    return height, width
+
+
+def real(op: str, name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def scale_or_default(op: str, scale, head_dim: int) -> float:
+    if scale is None:
+        return float(head_dim) ** -0.5
+    real(op, "scale", scale)
+    return float(scale)
+
+
+def probability(op: str, name: str, value) -> None:
+    real(op, name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype where autocast is on, as ``F.scaled_dot_product_attention`` does."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

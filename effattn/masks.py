@@ -1,0 +1,89 @@
+"""Structured masks: passed as ``attn_mask`` to the stock ``F.scaled_dot_product_attention``, they run our kernels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .reference import mixture_mask
+
+
+class StructuredMask:
+    """A mask given by its structure instead of a dense tensor. torch hands SDPA calls that carry one to us.
+
+    A subclass implements ``attend`` (the operator on its structure) and ``dense`` (what it means).
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return ops.scaled_dot_product_attention(*args, **(kwargs or {}))
+        return NotImplemented
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, scale, backend: str) -> Tensor:
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError
+
+
+class GaussianMixtureMask(StructuredMask):
+    """Multiplies the scaled scores by a mixture of Gaussians of the distance on the token grid.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=GaussianMixtureMask(alpha, sigma, grid))`` equals
+    ``gaussian_mixture_attention(q, k, v, alpha, sigma, grid)``, which documents the formula and the arguments.
+
+    Args:
+        alpha, sigma: (K, H), weight and width of each Gaussian; they receive gradients.
+        grid: (h, w), rows and columns of the token grid.
+        num_prefix_tokens: tokens before the grid (class tokens), for which the factor is 1.
+        eps: added to ``sigma**2``.
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.gaussian_mixture_attention`.
+
+    Source:
+        arXiv 2309.05375, section 4.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 12, 8)
+        >>> mask = effattn.GaussianMixtureMask(torch.zeros(1, 2), torch.ones(1, 2), grid=(3, 4))
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # alpha = 0: uniform attention
+        >>> torch.allclose(out, value.mean(2, keepdim=True).expand_as(out), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self, alpha: Tensor, sigma: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0, *, eps: float = 1e-5
+    ):
+        self.alpha, self.sigma = alpha, sigma
+        self.grid, self.num_prefix_tokens, self.eps = grid, num_prefix_tokens, eps
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        return ops.gaussian_mixture_attention(
+            query,
+            key,
+            value,
+            self.alpha,
+            self.sigma,
+            self.grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+            eps=self.eps,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+
+    def dense(self) -> Tensor:
+        """M, the (H, N, N) factor of the scaled scores (not an additive mask)."""
+        return mixture_mask(self.alpha, self.sigma, self.grid, self.num_prefix_tokens, self.eps)
+
+    def __repr__(self) -> str:
+        gaussians, heads = self.alpha.shape
+        return (
+            f"GaussianMixtureMask(gaussians={gaussians}, heads={heads}, grid={self.grid}, "
+            f"num_prefix_tokens={self.num_prefix_tokens})"
+        )

@@ -1,0 +1,154 @@
+"""Scaled dot-product attention with PyTorch's own signature, on our engine where that is faster."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .._checks import autocast
+from .._library import Operator
+from .._registry import REFERENCE, Backend, Problem, always, choose, cpu_kernel, register, triton_kernel
+
+# Below this many multiply-adds a call is all overhead, and torch's C++ front end has less of it than ours.
+SMALLEST_WORTHWHILE = 1 << 18
+
+attention = Operator(
+    "attention",
+    family="attention",
+    tensors=("query", "key", "value", "?attn_mask"),
+    differentiable=("query", "key", "value"),
+    options="bool is_causal, float scale",
+)
+
+
+def _worth_it(problem: Problem) -> tuple[bool, str]:
+    if 0 <= problem.work < SMALLEST_WORTHWHILE:
+        return False, f"{problem.work} multiply-adds: too little work to repay the call"
+    return True, "faster than torch's kernel on CPU"
+
+
+register(
+    "scaled_dot_product_attention",
+    (
+        Backend("cpu", cpu_kernel, _worth_it),
+        Backend("torch", always),
+        Backend("triton", triton_kernel),
+        REFERENCE,
+    ),
+)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""``torch.nn.functional.scaled_dot_product_attention``, signature and semantics, with structured masks.
+
+    .. math:: O = \mathrm{softmax}(s\, Q K^\top + \mathrm{mask}) V
+
+    Our engine serves what it serves faster than torch (on CPU: no mask, boolean and additive masks, causal, grouped
+    query heads); every other call goes to torch unchanged. A row with nothing to attend to gives 0.
+
+    Args:
+        query: (B, H, N, D).
+        key, value: (B, H or H_kv, M, D).
+        attn_mask: None; a boolean tensor, True where a key takes part, or a floating one that is added to the scaled
+            scores, broadcastable to (B, H, N, M); or a structured mask such as :class:`effattn.GaussianMixtureMask`.
+        dropout_p: probability of zeroing an attention weight (torch serves it).
+        is_causal: query i sees keys 0..i. Excludes ``attn_mask``.
+        scale: factor s of the scores; default D ** -0.5.
+        enable_gqa: allow H to be a multiple of H_kv; query head h reads key head h // (H / H_kv).
+        backend: "auto", "torch", "cuda", "triton", "cpu" or "reference"; an explicit backend never falls back.
+
+    Returns:
+        Tensor: (B, H, N, D), query's dtype. Differentiable in query, key and value (and, through torch, attn_mask).
+
+    Raises:
+        NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+        RuntimeError, ValueError: whatever torch's function raises on the same arguments.
+
+    Source:
+        torch.nn.functional.scaled_dot_product_attention; "FlashAttention", arXiv 2205.14135.
+
+    Example:
+        >>> import torch, effattn
+        >>> query, key, value = torch.randn(3, 1, 2, 10, 16)
+        >>> ours = effattn.scaled_dot_product_attention(query, key, value, is_causal=True)
+        >>> theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        >>> torch.allclose(ours, theirs, atol=1e-5)
+        True
+    """
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        if is_causal:
+            raise ValueError("scaled_dot_product_attention: is_causal must be False with a structured attn_mask")
+        if enable_gqa:
+            key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+        return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale, backend=backend)
+
+    op = "scaled_dot_product_attention"
+    detail = _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    work = -1
+    if not detail and not torch.compiler.is_compiling():  # a comparison of sizes would make a graph recompile
+        work = query.numel() * key.shape[2]
+    dtype, device = query.dtype, query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        query, key, value = autocast(query, key, value)
+        dtype = query.dtype
+        if isinstance(attn_mask, Tensor):
+            (attn_mask,) = autocast(attn_mask) if attn_mask.is_floating_point() else (attn_mask,)
+    backend = choose(op, backend, Problem(device, dtype, query.shape[-1], dropout_p, detail, work))
+    if backend == "torch":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if backend == "reference":
+        return reference.scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, dropout_p)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    scale = float(query.shape[3]) ** -0.5 if scale is None else float(scale)
+    return attention(backend, query, key, value, attn_mask, is_causal, scale)
+
+
+def _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> str:
+    """Why only torch can serve this call (or explain what is wrong with it), or nothing."""
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        return "query, key and value are not all 4-dimensional"
+    batch, heads, length, head_dim = query.shape
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim:
+        return "value has another shape than key, or batch or head_dim differ"
+    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
+        return "dtypes or devices differ"
+    if key.shape[1] != heads and not (enable_gqa and key.shape[1] > 0 and heads % key.shape[1] == 0):
+        return "numbers of heads differ"
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
+        return "scale is not a finite number"
+    if attn_mask is not None:
+        if is_causal:
+            return "both attn_mask and is_causal are given"
+        if attn_mask.requires_grad:
+            return "attn_mask requires a gradient"
+        if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.device != query.device:
+            return f"attn_mask has dtype {attn_mask.dtype} on {attn_mask.device}"
+        target = (batch, heads, length, key.shape[2])
+        if attn_mask.dim() not in (2, 3, 4) or any(
+            size != 1 and size != wanted for size, wanted in zip(reversed(attn_mask.shape), reversed(target))
+        ):
+            return f"attn_mask {tuple(attn_mask.shape)} does not broadcast to {target}"
+    return ""
+
+
+def _repeat_heads(tensor: Tensor, query: Tensor) -> Tensor:
+    heads, kv_heads = query.shape[1], tensor.shape[1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"scaled_dot_product_attention: query's {heads} heads are no multiple of key's {kv_heads}")
+    return tensor if heads == kv_heads else tensor.repeat_interleave(heads // kv_heads, 1)
