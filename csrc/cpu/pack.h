@@ -1,0 +1,185 @@
+// Packing: the only place that meets element types and strides. It reads the user's tensors where they lie and writes operands for gemm.h.
+//
+// A word holds Arithmetic::kPerWord neighbours along the summed index (1 float, or 2 bf16). Three layouts:
+//   pack_rows        [row][word of columns]             A operand summed over the columns (Q for Q K^T). Rows above `rows` and tail columns are zero.
+//   pack_transposed  [panel of kTileColumns rows][word of columns][row in panel]
+//                                                       B operand summed over the columns (K for Q K^T, V for dO V^T). Panel p starts at p * kTileColumns *
+//                                                       words; the last panel is narrower: its row pitch is its own width rounded up to kLanes. Tail rows are
+//                                                       zero.
+//   pack_natural     [word of rows][columns]            B operand summed over the rows (V for P V, K for dS K, Q and dO for dK, dV). Tail rows and columns are
+//   zero.
+#pragma once
+
+#include "gemm.h"
+
+namespace effattn::EFFATTN_ISA {
+
+// A matrix of the user's tensor; strides count elements.
+struct Matrix {
+  const void* data;
+  int64_t row_stride;
+  int64_t column_stride;
+  DType dtype;
+};
+
+EFFATTN_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
+
+EFFATTN_INLINE Matrix matrix_at(const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row = 0) {
+  const int64_t offset = batch * tensor.stride[0] + head * tensor.stride[1] + first_row * tensor.stride[2];
+  return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2], tensor.stride[3], tensor.dtype};
+}
+
+template <class Arithmetic>
+EFFATTN_INLINE constexpr int64_t words(int64_t count) {
+  return (count + Arithmetic::kPerWord - 1) / Arithmetic::kPerWord;
+}
+
+// Columns 0..columns of one row as floats, zero up to padded_columns (a multiple of kLanes).
+template <class T>
+inline void row_to_float(float* to, const T* from, int64_t column_stride, int64_t columns, int64_t padded_columns) {
+  int64_t c = 0;
+  if (column_stride == 1) {
+    for (; c + kLanes <= columns; c += kLanes) store(to + c, load_float(from + c));
+    if (c < columns) store(to + c, load_float_partial(from + c, columns - c)), c += kLanes;
+  } else {
+    T part[kLanes] = {};
+    for (; c < columns; c += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (c + lane < columns)
+          part[lane] = from[(c + lane) * column_stride];
+        else
+          part[lane] = T{};
+      store(to + c, load_float(part));
+    }
+  }
+  for (; c < padded_columns; c += kLanes) store(to + c, Vec{});
+}
+
+inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
+  const int64_t offset = row * from.row_stride;
+  switch (from.dtype) {
+    case DType::kBFloat16:
+      return row_to_float(to, static_cast<const bfloat16*>(from.data) + offset, from.column_stride, columns, padded_columns);
+    case DType::kFloat16:
+      return row_to_float(to, static_cast<const float16*>(from.data) + offset, from.column_stride, columns, padded_columns);
+    default:
+      return row_to_float(to, static_cast<const float*>(from.data) + offset, from.column_stride, columns, padded_columns);
+  }
+}
+
+// Columns of one bf16 row, zero up to padded_columns (even).
+inline void row_to_bfloat16(uint16_t* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
+  const uint16_t* source = static_cast<const uint16_t*>(from.data) + row * from.row_stride;
+  if (from.column_stride == 1) {
+    memcpy(to, source, columns * sizeof(uint16_t));
+  } else {
+    for (int64_t c = 0; c < columns; ++c) to[c] = source[c * from.column_stride];
+  }
+  if (padded_columns > columns) memset(to + columns, 0, (padded_columns - columns) * sizeof(uint16_t));
+}
+
+// padded_words is a multiple of kLanes.
+template <class Arithmetic>
+EFFATTN_INLINE void row_to_words(typename Arithmetic::Word* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_words) {
+  if constexpr (Arithmetic::kPerWord == 1) {
+    row_to_float(to, from, row, columns, padded_words);
+  } else {
+    row_to_bfloat16(reinterpret_cast<uint16_t*>(to), from, row, columns, padded_words * 2);
+  }
+}
+
+// to[row * pitch + word]; pitch a multiple of kLanes, at least words<Arithmetic>(columns).
+template <class Arithmetic>
+inline void pack_rows(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t padded_rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) row_to_words<Arithmetic>(to + r * pitch, from, r, columns, pitch);
+  if (padded_rows > rows) memset(to + rows * pitch, 0, (padded_rows - rows) * pitch * sizeof(*to));
+}
+
+// lines[i][j] <-> lines[j][i], in log2(kLanes) rounds of two-register shuffles.
+template <int kDistance = 1>
+EFFATTN_INLINE void transpose(WordVec (&lines)[kLanes]) {
+  if constexpr (kDistance < kLanes) {
+    WordVec low, high;
+    EFFATTN_UNROLL for (int lane = 0; lane < kLanes; ++lane) {
+      low[lane] = (lane & kDistance) ? kLanes + lane - kDistance : lane;
+      high[lane] = (lane & kDistance) ? kLanes + lane : lane + kDistance;
+    }
+    EFFATTN_UNROLL for (int i = 0; i < kLanes; ++i) {
+      if (i & kDistance) continue;
+      const WordVec x = lines[i], y = lines[i + kDistance];
+      lines[i] = __builtin_shuffle(x, y, low);
+      lines[i + kDistance] = __builtin_shuffle(x, y, high);
+    }
+    transpose<kDistance * 2>(lines);
+  }
+}
+
+inline constexpr int64_t kMaxHeadDim = 256;
+
+template <class Arithmetic>
+inline int64_t transposed_words(int64_t rows, int64_t columns) {
+  return round_up(rows, kLanes) * words<Arithmetic>(columns);
+}
+
+// Word count: transposed_words(rows, columns).
+template <class Arithmetic>
+inline void pack_transposed(typename Arithmetic::Word* to, const Matrix& from, int64_t rows, int64_t columns) {
+  using Word = typename Arithmetic::Word;
+  alignas(64) Word staged[kLanes * kMaxHeadDim];
+  const int64_t depth = words<Arithmetic>(columns);
+  const int64_t pitch = round_up(depth, kLanes);
+  for (int64_t panel = 0; panel < rows; panel += kTileColumns) {
+    const int64_t width = round_up(smaller(rows - panel, kTileColumns), kLanes);
+    for (int64_t first = 0; first < width; first += kLanes) {
+      const int64_t live = smaller(rows - panel - first, kLanes);
+      for (int64_t r = 0; r < live; ++r) row_to_words<Arithmetic>(staged + r * pitch, from, panel + first + r, columns, pitch);
+      if (live < kLanes) memset(staged + larger(live, 0) * pitch, 0, (kLanes - larger(live, 0)) * pitch * sizeof(Word));
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        WordVec lines[kLanes];
+        EFFATTN_UNROLL for (int r = 0; r < kLanes; ++r) lines[r] = load_as<WordVec>(staged + r * pitch + d);
+        transpose(lines);
+        Word* column = to + d * width + first;
+        if (d + kLanes <= depth) {
+          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) memcpy(column + k * width, &lines[k], sizeof(WordVec));
+        } else {
+          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) if (d + k < depth) memcpy(column + k * width, &lines[k], sizeof(WordVec));
+        }
+      }
+    }
+    to += width * depth;
+  }
+}
+
+// to[word * pitch + column] for ceil(rows / kPerWord) words; pitch a multiple of kLanes, at least columns.
+template <class Arithmetic>
+inline void pack_natural(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
+  if constexpr (Arithmetic::kPerWord == 1) {
+    pack_rows<Arithmetic>(to, pitch, from, rows, rows, columns);
+  } else {
+    uint16_t even[kMaxHeadDim], odd[kMaxHeadDim];
+    for (int64_t r = 0; r < rows; r += 2) {
+      const uint16_t* first = even;
+      const uint16_t* second = odd;
+      if (from.column_stride == 1 && columns % kLanes == 0 && r + 1 < rows) {
+        first = static_cast<const uint16_t*>(from.data) + r * from.row_stride;
+        second = first + from.row_stride;
+      } else {
+        row_to_bfloat16(even, from, r, columns, round_up(columns, kLanes));
+        if (r + 1 < rows)
+          row_to_bfloat16(odd, from, r + 1, columns, round_up(columns, kLanes));
+        else
+          memset(odd, 0, sizeof(odd));
+      }
+      uint32_t* line = to + r / 2 * pitch;
+      for (int64_t c = 0; c < round_up(columns, kLanes); c += kLanes) {
+        const WordVec low = __builtin_convertvector(load_as<HalfVec>(first + c), WordVec);
+        const WordVec high = __builtin_convertvector(load_as<HalfVec>(second + c), WordVec);
+        const WordVec pair = low | (high << 16);
+        memcpy(line + c, &pair, sizeof(pair));
+      }
+      for (int64_t c = round_up(columns, kLanes); c < pitch; c += kLanes) memset(line + c, 0, sizeof(WordVec));
+    }
+  }
+}
+
+}  // namespace effattn::EFFATTN_ISA
