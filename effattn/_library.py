@@ -14,7 +14,8 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from . import _flops
 
 NAMESPACES = {"cpu": "effattn", "cuda": "effattn", "triton": "effattn_triton"}
 
@@ -63,7 +64,7 @@ class Operator:
                 torch.library.register_fake(qualified, fake, lib=library)
                 op = getattr(getattr(torch.ops, namespace), op_name)
                 torch.library.register_vmap(qualified, batched(op.default), lib=library)
-                register_flop_formula(op)(flops)
+                _flops.register(op, flops)
                 if namespace == "effattn_triton":
                     for key in ("CPU", "CUDA"):
                         library.impl(op_name, _triton_launcher(family, op_name), key)
