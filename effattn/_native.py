@@ -25,4 +25,9 @@ def _load() -> None:
         loaded = True
 
 
+def isa() -> str:
+    """Instruction-set level whose kernels the loaded library chose for this CPU."""
+    return torch.ops.effattn.cpu_isa()
+
+
 _load()

@@ -1,0 +1,52 @@
+# `make test` and `make bench` work on a fresh machine with Python >= 3.10, g++ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help install test bench accuracy lint format wheel clean
+
+help:
+	@echo "make test      install into $(VENV), build, run the tests"
+	@echo "make bench     install, build, measure against every peer, print a table, write build/bench.png"
+	@echo "make accuracy  regenerate docs/accuracy.md"
+	@echo "make lint      ruff and clang-format; make format applies them"
+	@echo "make wheel     one py3-none wheel in dist/"
+
+$(INSTALLED): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
+	touch $@
+
+$(BUILT): $(INSTALLED) setup.py $(NATIVE)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,bench]"
+	touch $@
+
+install: $(BUILT)
+
+test: install
+	$(BIN)/python -m pytest tests
+
+bench: install
+	mkdir -p build
+	$(BIN)/python -m effattn bench --quick --json build/bench.json --plot build/bench.png
+
+accuracy: install
+	$(BIN)/python -m effattn.bench.accuracy
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+wheel: install
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info effattn/_cpu.so $(BUILT)

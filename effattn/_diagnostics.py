@@ -1,0 +1,136 @@
+"""What this installation has (``info``) and what is wrong with it, with the command that mends it (``doctor``)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from . import _native, _registry
+from ._version import __version__
+
+OLDEST_TORCH = (2, 10)
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+def info() -> int:
+    """Print versions, libraries and which backend serves which operator here. Always succeeds."""
+    print(f"effattn      {__version__} at {Path(__file__).parent}")
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    print(f"torch        {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})")
+    print(f"triton       {_version_of('triton')}")
+    print(f"cpu library  {_cpu_library()}")
+    print("cuda library none: effattn has no CUDA C++ kernels yet, Triton serves GPUs")
+    print(f"gpu          {_gpu()}")
+    for name in ("EFFATTN_BACKEND", "EFFATTN_CPU_ISA", "TRITON_INTERPRET"):
+        if os.environ.get(name):
+            print(f"{name}={os.environ[name]}")
+    if not _native.loaded:
+        print(f"\n{_native.problem}: calls on CPU run on the reference (plain PyTorch).\nTo fix it:  {_rebuild()}")
+    print(f"\nBackends by operator (float32, head_dim 64, {torch.get_num_threads()} CPU threads):")
+    for op in _registry.operators():
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            found = _registry.verdicts(op, _registry.Problem(device, torch.float32, 64))
+            print(f"  {op} on {device}: " + ", ".join(f"{v.backend} {'yes' if v.ok else 'no'}" for v in found))
+    return 0
+
+
+def doctor() -> int:
+    """Print each thing that is wrong with the exact command that fixes it; 0 if nothing is."""
+    problems = [*_torch_problems(), *_library_problems(), *_gpu_problems(), *_environment_problems(), *_wrong_results()]
+    for what, remedy in problems:
+        print(f"problem: {what}\n    fix: {remedy}")
+    if not problems:
+        print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}")
+    return 1 if problems else 0
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_library() -> str:
+    return f"{_native.CPU_LIBRARY.name}, {_native.isa()} kernels" if _native.loaded else f"none: {_native.problem}"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {torch.cuda.device_count()} in all"
+
+
+def _python() -> str:
+    return sys.executable or "python"
+
+
+def _rebuild() -> str:
+    if (_PROJECT / "setup.py").exists():
+        return f"{_python()} -m pip install -e {_PROJECT} --no-build-isolation"
+    return f"{_python()} -m pip install --force-reinstall --no-deps --no-build-isolation effattn"
+
+
+def _torch_problems():
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        yield f"torch {torch.__version__} is older than {wanted}", f'{_python()} -m pip install "torch>={wanted}"'
+
+
+def _library_problems():
+    if _native.loaded:
+        return
+    missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(tool) is None]
+    before = ""
+    if "ninja" in missing:
+        before += f"{_python()} -m pip install ninja && "
+    if missing and missing != ["ninja"]:
+        before += "apt-get install -y g++ && "
+    yield _native.problem, before + _rebuild()
+
+
+def _gpu_problems():
+    if torch.cuda.is_available() and not _registry.has_triton():
+        yield "a GPU is here but triton is not", f"{_python()} -m pip install triton"
+
+
+def _environment_problems():
+    forced = os.environ.get("EFFATTN_BACKEND")
+    if forced and forced not in ("auto", *_registry.BACKENDS):
+        yield f"EFFATTN_BACKEND={forced} names no backend", "unset EFFATTN_BACKEND"
+    if os.environ.get("TRITON_INTERPRET") == "1" and torch.cuda.is_available():
+        yield "TRITON_INTERPRET=1 runs GPU kernels in a slow interpreter", "unset TRITON_INTERPRET"
+
+
+def _wrong_results():
+    """Every backend that says it can serve a small call must agree with the reference on it."""
+    from .ops import gaussian_mixture_attention
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = torch.randn(3, 1, 2, 31, 16, generator=generator).to(device)
+        alpha, sigma = torch.randn(2, 3, 2, generator=generator).to(device)
+        arguments = (query, key, value, alpha, sigma, (6, 5))
+        expected = gaussian_mixture_attention(*arguments, num_prefix_tokens=1, backend="reference")
+        for verdict in _registry.verdicts("gaussian_mixture_attention", _registry.Problem(device, query.dtype, 16)):
+            if not verdict.ok:
+                continue
+            try:
+                out = gaussian_mixture_attention(*arguments, num_prefix_tokens=1, backend=verdict.backend)
+                error = (out - expected).abs().max().item()
+            except Exception as failure:  # whatever a broken driver or compiler raises is the finding
+                yield f"backend {verdict.backend} on {device} fails: {failure}", "python -m effattn info, and report it"
+            else:
+                if not error < 1e-4:
+                    yield (
+                        f"backend {verdict.backend} on {device} is wrong by {error:.1e}",
+                        f"export EFFATTN_BACKEND=reference, and report it with `{_python()} -m effattn info`",
+                    )
