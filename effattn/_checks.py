@@ -66,7 +66,7 @@ def grid_of_tokens(op: str, grid: tuple[int, int], tokens: int, num_prefix_token
 def real(op: str, name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if value != value or value in (float("inf"), float("-inf")):
+    if not float("-inf") < value < float("inf"):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 

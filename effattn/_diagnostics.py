@@ -126,7 +126,7 @@ def _wrong_results():
             try:
                 out = gaussian_mixture_attention(*arguments, num_prefix_tokens=1, backend=verdict.backend)
                 error = (out - expected).abs().max().item()
-            except Exception as failure:  # whatever a broken driver or compiler raises is the finding
+            except Exception as failure:  # noqa: BLE001 - whatever a broken driver or compiler raises is the finding
                 yield f"backend {verdict.backend} on {device} fails: {failure}", "python -m effattn info, and report it"
             else:
                 if not error < 1e-4:

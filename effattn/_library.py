@@ -20,6 +20,7 @@ from . import _flops
 NAMESPACES = {"cpu": "effattn", "cuda": "effattn", "triton": "effattn_triton"}
 
 _libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in set(NAMESPACES.values())}
+_operators: dict[str, Operator] = {}
 
 
 class Operator:
@@ -73,7 +74,7 @@ class Operator:
             for backend, namespace in NAMESPACES.items()
             for direction in ("fwd", "bwd")
         }
-        self.function = _autograd_function(self)
+        _operators[name] = self
 
     def op(self, backend: str, direction: str) -> torch._ops.OpOverload:
         """The torch op that ``backend`` runs for ``direction`` ("fwd" or "bwd")."""
@@ -82,7 +83,7 @@ class Operator:
     def __call__(self, backend: str, *args) -> torch.Tensor:
         """Run the operator on ``backend``; differentiable."""
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in self.differentiable):
-            return self.function.apply(backend, *args)[0]
+            return Fused.apply(self.name, backend, *args)[0]
         return self.op(backend, "fwd")(*args)[0]
 
     # ---- shapes ----
@@ -123,32 +124,54 @@ def _triton_launcher(family: str, name: str) -> Callable:
     return launch
 
 
-def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:
-    count = operator.num_tensors
+class Fused(torch.autograd.Function):
+    """Any operator with its backward. Operators go by name: Dynamo traces a global table, not a captured object."""
 
-    class Fused(torch.autograd.Function):
-        generate_vmap_rule = True
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(backend, *args):
-            return operator.op(backend, "fwd")(*args)
+    @staticmethod
+    def forward(name, backend, *args):
+        return _operators[name].op(backend, "fwd")(*args)
 
-        @staticmethod
-        def setup_context(ctx, inputs, outputs):
-            backend, *args = inputs
-            output, logsumexp = outputs
-            ctx.backend, ctx.options = backend, args[count:]
-            ctx.save_for_backward(*args[:count], output, logsumexp)
-            ctx.mark_non_differentiable(logsumexp)
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        name, backend, *args = inputs
+        output, logsumexp = outputs
+        count = _operators[name].num_tensors
+        ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
+        ctx.save_for_backward(*args[:count], output, logsumexp)
+        ctx.mark_non_differentiable(logsumexp)
 
-        @staticmethod
-        def backward(ctx, grad_output, _):
-            gradients = iter(operator.op(ctx.backend, "bwd")(grad_output, *ctx.saved_tensors, *ctx.options))
-            of_tensors = [next(gradients) if i in operator.differentiable else None for i in range(count)]
-            return None, *of_tensors, *([None] * len(ctx.options))
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        operator = _operators[ctx.name]
+        arguments = (grad_output, *ctx.saved_tensors, *ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
+            gradients = FusedGradient.apply(ctx.name, ctx.backend, *arguments)
+        else:
+            gradients = operator.op(ctx.backend, "bwd")(*arguments)
+        slots = [None] * (2 + operator.num_tensors + len(ctx.options))
+        for index, gradient in zip(operator.differentiable, gradients):
+            slots[2 + index] = gradient
+        return tuple(slots)
 
-    Fused.__name__ = Fused.__qualname__ = operator.name
-    return Fused
+
+class FusedGradient(torch.autograd.Function):
+    """The backward op as a node of a graph: an attempt to differentiate it again fails instead of giving zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name, backend, *args):
+        return _operators[name].op(backend, "bwd")(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("effattn's kernels have no second derivative; backend='reference' has")
 
 
 def _fold_or_loop(op, parameters: frozenset[int], num_tensors: int, *, loop_always: bool) -> Callable:

@@ -109,11 +109,8 @@ def choose(op: str, requested: str, problem: Problem) -> str:
                 return backend.name
     else:
         for backend in _table[op]:
-            if backend.name == requested:
-                ok, reason = backend.predicate(problem)
-                if ok:
-                    return requested
-                break
+            if backend.name == requested and backend.predicate(problem)[0]:
+                return requested
         _refuse(op, requested, problem)
     raise AssertionError(f"{op}: no backend, not even the reference, took {problem}")
 
