@@ -1,0 +1,297 @@
+"""Gaussian-mixture-mask attention and its element-wise learnable form, as policies of the tile engine.
+
+    O = softmax((scale Q K^T) * M) V
+    gaussian_mixture   M[h, i, j] = sum_k alpha[k, h] exp(-r2 / (2 (sigma[k, h]^2 + eps))),  r2 = dx^2 + dy^2 on the grid; 1 at prefix tokens
+    masked_product     M[h, i, j] = weight[h or 0, i, j]
+
+Gaussian mixtures. M depends on (dy, dx) only, so a small kernel writes one table per head of (2h-1)(2w-1) entries, scale log2(e) folded in, and one
+code per token, code(y, x) = y (2w-1) + x: the entry of a pair is table[code_i - code_j + centre]. One subtraction, one minimum and one gather (L1 hits:
+a 64-wide tile touches a few table rows) make an element's M; no division, no exp. Prefix tokens carry a code so large that the minimum lands on the
+table's last entry, M = 1, and tokens past the end do the same.
+
+Parameters. dM = scale * dZ * S is wanted summed against G_k and G_k r2. Split the grid into patches of tile_h x tile_w tokens, at most BLOCK: pairs of
+patches with the same offset (cy, cx) see the same BLOCK x BLOCK piece of the table. One program owns (head, offset, split), keeps that piece and the
+sum of dM over batch and pairs in registers (4 D FLOPs and one multiply-add an element), and contracts with the K Gaussians once, at the end:
+exact for any K at K exps per program. The partial sums (H, K, 2, programs) are then added in order by one program per (k, h).
+
+masked_product. One program owns a BLOCK x BLOCK tile of the weight and walks the batch (and the heads, if they share it).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configurations as table
+from . import tiles
+from .tiles import LN2, LOG2E
+
+PREFIX_CODE = tl.constexpr(1 << 29)
+LANES = tl.constexpr(256)
+
+
+class Mixture(NamedTuple):
+    """One table of `table_stride` floats per head: entries 0..last-1 by offset, entry `last` (always odd, so never a new specialisation) for prefix tokens."""
+
+    table: Any
+    codes: Any
+    table_stride: Any
+    last: Any
+    alpha: Any
+    sigma: Any
+    eps: Any
+
+
+# ---------------------------------------------------------------- tables
+
+
+@triton.jit(do_not_specialize=["grid_h", "grid_w", "num_prefix", "num_heads", "num_gaussians"])
+def build_table(arguments, grid_h, grid_w, num_prefix, num_heads, num_gaussians, scale_log2, LANES: tl.constexpr):
+    """One program: LANES entries of one head's table; head 0 also writes the token codes."""
+    blocks = tl.cdiv(tl.maximum(arguments.table_stride, num_prefix + grid_h * grid_w), LANES)
+    h = tl.program_id(0) // blocks
+    entry = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
+    width = 2 * grid_w - 1
+    dy = (entry // width - (grid_h - 1)).to(tl.float32)
+    dx = (entry % width - (grid_w - 1)).to(tl.float32)
+    r2 = dy * dy + dx * dx
+    mixture = tl.zeros((LANES,), tl.float32)
+    for k in range(num_gaussians):
+        alpha = tl.load(arguments.alpha + k * num_heads + h)
+        sigma = tl.load(arguments.sigma + k * num_heads + h)
+        mixture += alpha * tl.exp2(r2 / (-2.0 * (sigma * sigma + arguments.eps)) * LOG2E)
+    table = arguments.table + h.to(tl.int64) * arguments.table_stride
+    tl.store(table + entry, tl.where(entry == arguments.last, 1.0, mixture) * scale_log2, mask=entry <= arguments.last)
+    cell = entry - num_prefix
+    code = tl.where(cell < 0, PREFIX_CODE, cell // grid_w * width + cell % grid_w)
+    tl.store(arguments.codes + entry, code, mask=entry < tl.where(h == 0, num_prefix + grid_h * grid_w, 0))
+
+
+def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
+    heads = alpha.shape[1]
+    last = (2 * grid_h - 1) * (2 * grid_w - 1)
+    stride = triton.cdiv(last + 1, 16) * 16
+    tokens = num_prefix + grid_h * grid_w
+    arguments = Mixture(torch.empty((heads, stride), dtype=torch.float32, device=alpha.device),
+                        torch.empty((tokens,), dtype=torch.int32, device=alpha.device), stride, last, alpha, sigma, eps)
+    programs = triton.cdiv(max(stride, tokens), LANES.value) * heads
+    tiles.launch(build_table, programs, alpha.device, table.Configuration(LANES.value, 0, 4, 1),
+                 arguments, grid_h, grid_w, num_prefix, heads, alpha.shape[0], scale_log2, LANES=LANES.value)
+    return arguments
+
+
+# ---------------------------------------------------------------- policies
+
+
+@triton.jit
+def mixture_term(arguments, b, h, i, j, num_queries, num_keys):
+    row = tl.load(arguments.codes + i, mask=i < num_queries, other=PREFIX_CODE)
+    column = tl.load(arguments.codes + j, mask=j < num_keys, other=PREFIX_CODE)
+    column = tl.where(column == PREFIX_CODE, -PREFIX_CODE, column)
+    entry = tl.minimum(row - column + arguments.last // 2, arguments.last)
+    return tl.load(arguments.table + h * arguments.table_stride + entry)
+
+
+@triton.jit
+def mixture_offset(owner, num_heads, extents):
+    """Owner -> (head, cy, cx): query patch minus key patch. Offsets near zero, which have the most pairs, come first."""
+    patches_y = tl.cdiv(extents[0], extents[3])
+    patches_x = tl.cdiv(extents[1], extents[4])
+    offset = owner // num_heads
+    rank = offset // (2 * patches_x - 1)
+    cy = tl.where(rank % 2 == 0, -(rank // 2), (rank + 1) // 2)
+    return owner % num_heads, cy, offset % (2 * patches_x - 1) - (patches_x - 1), patches_y, patches_x
+
+
+@triton.jit
+def mixture_members(owner, batch, num_heads, extents):
+    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    return batch * (patches_y - tl.abs(cy)) * (patches_x - tl.abs(cx))
+
+
+@triton.jit
+def mixture_place(owner, member, batch, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    pair = member // batch
+    pairs_x = patches_x - tl.abs(cx)
+    patch_y = pair // pairs_x + tl.maximum(cy, 0)
+    patch_x = pair % pairs_x + tl.maximum(cx, 0)
+    local = tl.arange(0, BLOCK)
+    local_y = local // extents[4]
+    local_x = local % extents[4]
+    inside = local_y < extents[3]
+    query_y = patch_y * extents[3] + local_y
+    query_x = patch_x * extents[4] + local_x
+    key_y = query_y - cy * extents[3]
+    key_x = query_x - cx * extents[4]
+    i = extents[2] + query_y * extents[1] + query_x
+    j = extents[2] + key_y * extents[1] + key_x
+    return (member % batch, h, i, j, inside & (query_y < extents[0]) & (query_x < extents[1]), inside & (key_y < extents[0]) & (key_x < extents[1]))
+
+
+@triton.jit
+def mixture_differences(owner, num_heads, extents, BLOCK: tl.constexpr):
+    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    local = tl.arange(0, BLOCK)
+    local_y = local // extents[4]
+    local_x = local % extents[4]
+    dy = cy * extents[3] + local_y[:, None] - local_y[None, :]
+    dx = cx * extents[4] + local_x[:, None] - local_x[None, :]
+    return h, dy, dx
+
+
+@triton.jit
+def mixture_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, extents, BLOCK: tl.constexpr):
+    h, dy, dx = mixture_differences(owner, num_heads, extents, BLOCK)
+    entry = dy * (2 * extents[1] - 1) + dx + arguments.last // 2
+    exists = (tl.abs(dy) < extents[0]) & (tl.abs(dx) < extents[1])
+    return tl.load(arguments.table + h.to(tl.int64) * arguments.table_stride + entry, mask=exists, other=0.0)
+
+
+@triton.jit
+def mixture_finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+    h, dy, dx = mixture_differences(owner, num_heads, extents, BLOCK)
+    r2 = (dy * dy + dx * dx).to(tl.float32)
+    slots = tl.num_programs(0) // num_heads
+    slot = owner // num_heads * splits + split
+    for k in range(extents[5]):
+        sigma = tl.load(arguments.sigma + k * num_heads + h)
+        weighted = total * tl.exp2(r2 / (-2.0 * (sigma * sigma + arguments.eps)) * LOG2E)
+        row = destination + ((h * extents[5] + k) * 2).to(tl.int64) * slots
+        tl.store(row + slot, tl.sum(weighted))
+        tl.store(row + slots + slot, tl.sum(weighted * r2))
+
+
+@triton.jit(do_not_specialize=["slots", "num_heads", "num_gaussians"])
+def reduce_mixture(partial, arguments, grad_alpha, grad_sigma, slots, num_heads, num_gaussians, scale, LANES: tl.constexpr):
+    """Second stage, one program per (h, k): the partial sums in order, then the factors of dalpha and dsigma."""
+    program = tl.program_id(0)
+    parameter = program % num_gaussians * num_heads + program // num_gaussians
+    row = partial + program.to(tl.int64) * 2 * slots
+    first = tl.zeros((LANES,), tl.float32)
+    second = tl.zeros((LANES,), tl.float32)
+    for start in range(0, slots, LANES):
+        slot = start + tl.arange(0, LANES)
+        first += tl.load(row + slot, mask=slot < slots, other=0.0)
+        second += tl.load(row + slots + slot, mask=slot < slots, other=0.0)
+    alpha = tl.load(arguments.alpha + parameter)
+    sigma = tl.load(arguments.sigma + parameter)
+    variance = sigma * sigma + arguments.eps
+    tl.store(grad_alpha + parameter, tl.sum(first) * scale)
+    tl.store(grad_sigma + parameter, tl.sum(second) * (scale * alpha * (sigma / variance / variance)))
+
+
+MIXTURE = tiles.Policy(mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, tiles.every_query)
+MIXTURE_PARAMETERS = tiles.ParameterPolicy(mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish)
+
+
+class Weight(NamedTuple):
+    weight: Any
+    stride_head: Any
+    stride_row: Any
+    stride_column: Any
+    grad_stride_head: Any
+    grad_stride_row: Any
+    grad_stride_column: Any
+    scale_log2: Any
+    scale: Any
+
+
+@triton.jit
+def weight_term(arguments, b, h, i, j, num_queries, num_keys):
+    pointers = arguments.weight + h * arguments.stride_head + i.to(tl.int64) * arguments.stride_row + j.to(tl.int64) * arguments.stride_column
+    return tl.load(pointers, mask=(i < num_queries) & (j < num_keys), other=0.0).to(tl.float32) * arguments.scale_log2
+
+
+@triton.jit
+def weight_members(owner, batch, num_heads, extents):
+    return batch * (num_heads // extents[0])
+
+
+@triton.jit
+def weight_rows(owner, num_tokens, extents, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(num_tokens, BLOCK)
+    local = tl.arange(0, BLOCK)
+    return owner // blocks // blocks, owner // blocks % blocks * BLOCK + local, owner % blocks * BLOCK + local
+
+
+@triton.jit
+def weight_place(owner, member, batch, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+    weight_head, i, j = weight_rows(owner, num_tokens, extents, BLOCK)
+    return member % batch, weight_head + member // batch, i, j, i < num_tokens, j < num_tokens
+
+
+@triton.jit
+def weight_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, extents, BLOCK: tl.constexpr):
+    weight_head, i, j = weight_rows(owner, num_tokens, extents, BLOCK)
+    return weight_term(arguments, 0, weight_head.to(tl.int64), i[:, None], j[None, :], num_tokens, num_tokens)
+
+
+@triton.jit
+def weight_finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+    weight_head, i, j = weight_rows(owner, num_tokens, extents, BLOCK)
+    pointers = (destination + weight_head.to(tl.int64) * arguments.grad_stride_head + i.to(tl.int64)[:, None] * arguments.grad_stride_row
+                + j.to(tl.int64)[None, :] * arguments.grad_stride_column)
+    tl.store(pointers, tiles.narrow(total * arguments.scale, destination.dtype.element_ty), mask=(i < num_tokens)[:, None] & (j < num_tokens)[None, :])
+
+
+WEIGHT = tiles.Policy(weight_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, tiles.every_query)
+WEIGHT_PARAMETERS = tiles.ParameterPolicy(weight_members, weight_place, weight_owner_term, tiles.product_term_gradient, weight_finish)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def gaussian_mixture_fwd(query, key, value, alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale):
+    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale * LOG2E.value)
+    return tiles.run_forward(MIXTURE, query, key, value, arguments, scale * LOG2E.value)
+
+
+def gaussian_mixture_bwd(grad_output, query, key, value, alpha, sigma, output, logsumexp, grid_h, grid_w, num_prefix_tokens, eps, scale):
+    grad_alpha, grad_sigma = torch.empty_like(alpha), torch.empty_like(sigma)
+    scale_log2 = scale * LOG2E.value
+    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale_log2)
+    delta = tiles.run_row_delta(output, grad_output)
+    grads = tiles.run_backward(MIXTURE, grad_output, query, key, value, logsumexp, delta, arguments, scale_log2, LN2.value)
+    tile_h, tile_w = patch_shape(grid_h, grid_w, table.configuration("parameter_gradient", query).block_m)
+    patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
+    batch, (gaussians, heads) = query.shape[0], alpha.shape
+    offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
+    splits = max(1, min(TARGET_PROGRAMS // (offsets * heads), batch * patches_y * patches_x // 4)) if batch else 0
+    partial = torch.empty((heads, gaussians, 2, offsets * splits), dtype=torch.float32, device=query.device)
+    tiles.run_parameter_gradient(MIXTURE, MIXTURE_PARAMETERS, offsets * heads, splits, partial, grad_output, query, key, value, logsumexp, delta,
+                                 arguments, (grid_h, grid_w, num_prefix_tokens, tile_h, tile_w, gaussians), scale_log2)
+    tiles.launch(reduce_mixture, heads * gaussians, query.device, table.Configuration(LANES.value, 0, 4, 1),
+                 partial, arguments, grad_alpha, grad_sigma, offsets * splits, heads, gaussians, scale, LANES=LANES.value)
+    return (*grads, grad_alpha, grad_sigma)
+
+
+TARGET_PROGRAMS = 1024  # several waves of the largest chip; fixed, so that sums do not depend on the device
+
+
+def patch_shape(grid_h, grid_w, block):
+    """Largest patch of at most `block` tokens, evened out so that the last patch of a row or column is not a sliver."""
+    tile_w = triton.cdiv(grid_w, triton.cdiv(grid_w, block))
+    tile_h = min(grid_h, block // tile_w)
+    return triton.cdiv(grid_h, triton.cdiv(grid_h, tile_h)), tile_w
+
+
+def _weight(weight, grad_weight, scale):
+    head, grad_head = (t.stride(0) if t.shape[0] > 1 else 0 for t in (weight, grad_weight))
+    return Weight(weight, head, *weight.stride()[1:], grad_head, *grad_weight.stride()[1:], scale * LOG2E.value, scale)
+
+
+def masked_product_fwd(query, key, value, weight, scale):
+    return tiles.run_forward(WEIGHT, query, key, value, _weight(weight, weight, scale), scale * LOG2E.value)
+
+
+def masked_product_bwd(grad_output, query, key, value, weight, output, logsumexp, scale):
+    grad_weight = torch.empty_like(weight)
+    arguments = _weight(weight, grad_weight, scale)
+    delta = tiles.run_row_delta(output, grad_output)
+    grads = tiles.run_backward(WEIGHT, grad_output, query, key, value, logsumexp, delta, arguments, scale * LOG2E.value, LN2.value)
+    blocks = triton.cdiv(query.shape[2], table.configuration("parameter_gradient", query).block_m)
+    tiles.run_parameter_gradient(WEIGHT, WEIGHT_PARAMETERS, weight.shape[0] * blocks * blocks, 1, grad_weight, grad_output, query, key, value, logsumexp,
+                                 delta, arguments, (weight.shape[0],), scale * LOG2E.value)
+    return (*grads, grad_weight)
