@@ -1,0 +1,239 @@
+// Measures what this machine can do at most: copy bandwidth and the peaks of fp32 FMA, bf16 dot and int8 dot.
+//
+//   copy_bandwidth(destination, source, threads, repeats) -> float64[repeats]   bytes read + written per second
+//   peak(kind, threads, repeats)                          -> float64[repeats]   operations per second
+//   instruction(kind)                                     -> the instruction that peak(kind) issues, "" if none
+//
+// A peak loop keeps 12 independent accumulators in registers and touches no memory: 12 covers latency x throughput of
+// every x86 and Arm core so far. Every thread starts at one barrier; a repeat is timed from there to the last thread's end.
+// The file is compiled for the baseline ISA; wider instructions are behind target attributes and asked for at run time.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kAccumulators = 12;
+constexpr std::int64_t kSteps = 1 << 22;
+
+volatile float float_sink;
+volatile int int_sink;
+
+struct Peak {
+  std::string instruction;
+  double operations_per_step = 0;  // one step advances every accumulator once
+  void (*loop)() = nullptr;
+};
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f"))) void fma_avx512() {
+  __m512 acc[kAccumulators];
+  const __m512 a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_set1_ps(static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_fmadd_ps(acc[i], a, b);
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm512_cvtss_f32(acc[i]);
+  float_sink = sum;
+}
+
+__attribute__((target("avx2,fma"))) void fma_avx2() {
+  __m256 acc[kAccumulators];
+  const __m256 a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm256_set1_ps(static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm256_fmadd_ps(acc[i], a, b);
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm256_cvtss_f32(acc[i]);
+  float_sink = sum;
+}
+
+__attribute__((target("avx512f,avx512bf16"))) void dot_bf16() {
+  __m512 acc[kAccumulators];
+  // 0x3c00 is 2^-7 in bf16: sums stay normal numbers.
+  const __m512i bits = _mm512_set1_epi16(0x3c00);
+  __m512bh a;
+  std::memcpy(&a, &bits, sizeof a);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_set1_ps(static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], a, a);
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm512_cvtss_f32(acc[i]);
+  float_sink = sum;
+}
+
+__attribute__((target("avx512f,avx512vnni"))) void dot_int8() {
+  __m512i acc[kAccumulators];
+  const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_set1_epi32(i);
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
+  }
+  int sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm512_cvtsi512_si32(acc[i]);
+  int_sink = sum;
+}
+
+Peak find_peak(const std::string& kind) {
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("avx512f");
+  if (kind == "fp32") {
+    if (wide) return {"vfmadd, 512 bits", kAccumulators * 16 * 2.0, fma_avx512};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return {"vfmadd, 256 bits", kAccumulators * 8 * 2.0, fma_avx2};
+  }
+  if (kind == "bf16" && wide && __builtin_cpu_supports("avx512bf16"))
+    return {"vdpbf16ps, 512 bits", kAccumulators * 16 * 4.0, dot_bf16};
+  if (kind == "int8" && wide && __builtin_cpu_supports("avx512vnni"))
+    return {"vpdpbusd, 512 bits", kAccumulators * 16 * 8.0, dot_int8};
+  return {};
+}
+
+#elif defined(__aarch64__)
+
+void fma_neon() {
+  float32x4_t acc[kAccumulators];
+  const float32x4_t a = vdupq_n_f32(0.5f), b = vdupq_n_f32(0.25f);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = vdupq_n_f32(static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = vfmaq_f32(b, acc[i], a);
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += vgetq_lane_f32(acc[i], 0);
+  float_sink = sum;
+}
+
+Peak find_peak(const std::string& kind) {
+  if (kind == "fp32") return {"fmla, 128 bits", kAccumulators * 4 * 2.0, fma_neon};
+  return {};
+}
+
+#else
+
+Peak find_peak(const std::string&) { return {}; }
+
+#endif
+
+// Without this the scheduler may leave two short-lived threads on one core while another idles.
+void pin_to_core(int thread) {
+#if defined(__linux__)
+  cpu_set_t allowed, chosen;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  int skip = thread % CPU_COUNT(&allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed) || skip-- > 0) continue;
+    CPU_ZERO(&chosen);
+    CPU_SET(cpu, &chosen);
+    sched_setaffinity(0, sizeof chosen, &chosen);
+    return;
+  }
+#else
+  (void)thread;
+#endif
+}
+
+// Seconds from a common start until the last of `threads` calls of work(thread) is done.
+double timed(int threads, const std::function<void(int)>& work) {
+  std::atomic<int> ready{0};
+  std::atomic<bool> go{false};
+  std::vector<std::thread> team;
+  for (int t = 0; t < threads; ++t) {
+    team.emplace_back([&, t] {
+      pin_to_core(t);
+      ready.fetch_add(1);
+      while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
+      work(t);
+    });
+  }
+  while (ready.load() < threads) std::this_thread::yield();
+  const auto start = std::chrono::steady_clock::now();
+  go.store(true, std::memory_order_release);
+  for (auto& thread : team) thread.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void require_positive(int threads, int repeats) {
+  if (threads < 1 || repeats < 1) throw std::invalid_argument("threads and repeats must be at least 1");
+}
+
+py::array_t<double> peak(const std::string& kind, int threads, int repeats) {
+  require_positive(threads, repeats);
+  const Peak found = find_peak(kind);
+  if (!found.loop) throw std::invalid_argument("this machine has no instruction for " + kind);
+  py::array_t<double> rates(repeats);
+  double* rate = rates.mutable_data();
+  py::gil_scoped_release release;
+  found.loop();  // wakes the wide units
+  for (int r = 0; r < repeats; ++r) {
+    rate[r] = threads * kSteps * found.operations_per_step / timed(threads, [&](int) { found.loop(); });
+  }
+  return rates;
+}
+
+py::array_t<double> copy_bandwidth(py::array_t<std::uint8_t, py::array::c_style> destination,
+                                   py::array_t<std::uint8_t, py::array::c_style> source, int threads, int repeats) {
+  require_positive(threads, repeats);
+  if (destination.size() != source.size()) throw std::invalid_argument("destination and source must have one size");
+  std::uint8_t* to = destination.mutable_data();
+  const std::uint8_t* from = source.data();
+  const std::int64_t size = source.size();
+  py::array_t<double> rates(repeats);
+  double* rate = rates.mutable_data();
+  py::gil_scoped_release release;
+  for (int r = 0; r < repeats; ++r) {
+    rate[r] = 2.0 * size / timed(threads, [&](int t) {
+      const std::int64_t begin = size * t / threads, end = size * (t + 1) / threads;
+      std::memcpy(to + begin, from + begin, end - begin);
+    });
+  }
+  return rates;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("copy_bandwidth", &copy_bandwidth, py::arg("destination").noconvert(), py::arg("source"),
+             py::arg("threads"), py::arg("repeats"));
+  module.def("peak", &peak, py::arg("kind"), py::arg("threads"), py::arg("repeats"));
+  module.def("instruction", [](const std::string& kind) { return find_peak(kind).instruction; }, py::arg("kind"));
+}
