@@ -9,7 +9,22 @@ from torch import Tensor
 
 
 def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Require (B, H, N, D) floating-point tensors of one dtype on one device; shapes are compared by the caller."""
+    """Require three (B, H, N, D) floating-point tensors of one shape, dtype and device."""
+    if (  # what almost every call passes, in as few steps as Python allows
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and len(shape := query.shape) == 4
+        and shape[3] >= 1
+        and key.shape == shape
+        and value.shape == shape
+        and query.is_floating_point()
+        and key.dtype == (dtype := query.dtype)
+        and value.dtype == dtype
+        and key.device == (device := query.device)
+        and value.device == device
+    ):
+        return
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
@@ -21,14 +36,9 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
             raise TypeError(f"{op}: {name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{op}: {name} must be on query's device {query.device}, got {tensor.device}")
-    if query.shape[3] < 1:
-        raise ValueError(f"{op}: head_dim (last dimension of query) must be at least 1, got {query.shape[3]}")
-
-
-def same_shape(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(f"{op}: {name} must have query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}")
+    raise ValueError(f"{op}: head_dim (last dimension of query) must be at least 1, got {query.shape[3]}")
 
 
 def parameter(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
@@ -41,7 +51,7 @@ def parameter(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def integer(op: str, name: str, value, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
@@ -64,7 +74,9 @@ def grid_of_tokens(op: str, grid: tuple[int, int], tokens: int, num_prefix_token
 
 
 def real(op: str, name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
+    ):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not float("-inf") < value < float("inf"):
         raise ValueError(f"{op}: {name} must be finite, got {value}")

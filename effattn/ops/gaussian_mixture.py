@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks, reference
@@ -28,7 +29,7 @@ masked_product = Operator(
     options="float scale",
 )
 
-_BACKENDS = (Backend("triton", triton_kernel), Backend("cpu", cpu_kernel), REFERENCE)
+_BACKENDS = (Backend("cpu", cpu_kernel), Backend("triton", triton_kernel), REFERENCE)
 register("gaussian_mixture_attention", _BACKENDS)
 register("masked_product_attention", _BACKENDS)
 
@@ -91,9 +92,10 @@ def gaussian_mixture_attention(
     height, width = _checks.grid_of_tokens(op, grid, query.shape[2], num_prefix_tokens)
     for name, tensor in (("alpha", alpha), ("sigma", sigma)):
         _checks.parameter(op, name, tensor, query)
-        if tensor.dim() != 2 or tensor.shape[0] < 1 or tensor.shape[1] != query.shape[1]:
-            raise ValueError(f"{op}: {name} must have shape (K, H={query.shape[1]}), K >= 1, got {tuple(tensor.shape)}")
-    if sigma.shape != alpha.shape:
+    shape, heads = alpha.shape, query.shape[1]
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != heads:
+        raise ValueError(f"{op}: alpha must have shape (K, H) with K >= 1 and H = {heads}, got {tuple(shape)}")
+    if sigma.shape != shape:
         raise ValueError(f"{op}: sigma must have alpha's shape {tuple(alpha.shape)}, got {tuple(sigma.shape)}")
     _checks.real(op, "eps", eps)
     if eps <= 0.0:
@@ -103,7 +105,7 @@ def gaussian_mixture_attention(
         return reference.gaussian_mixture_attention(
             query, key, value, alpha, sigma, (height, width), num_prefix_tokens, eps, scale, dropout_p
         )
-    alpha, sigma = alpha.float().contiguous(), sigma.float().contiguous()
+    alpha, sigma = _as_float32(alpha), _as_float32(sigma)
     return gaussian_mixture(
         backend, query, key, value, alpha, sigma, height, width, num_prefix_tokens, float(eps), scale
     )
@@ -164,9 +166,14 @@ def masked_product_attention(
     return masked_product(backend, query, key, value, weight if weight.dim() == 3 else weight[None], scale)
 
 
+def _as_float32(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.float().contiguous()
+
+
 def _prepare(op: str, query: Tensor, key: Tensor, value: Tensor, scale, dropout_p):
     _checks.attention_inputs(op, query, key, value)
-    _checks.same_shape(op, query, key, value)
     _checks.probability(op, "dropout_p", dropout_p)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     query, key, value = _checks.autocast(query, key, value)
