@@ -14,19 +14,29 @@
 
 namespace effattn::EFFATTN_ISA {
 
-// A matrix of the user's tensor; strides count elements.
+// A matrix of the user's tensor; strides count elements. Logical row r is row (r + first) of the tensor, wrapped around at `wrap`.
 struct Matrix {
   const void* data;
   int64_t row_stride;
   int64_t column_stride;
   DType dtype;
+  int64_t first = 0;
+  int64_t wrap = INT64_MAX;
+
+  EFFATTN_INLINE int64_t offset(int64_t row) const {
+    const int64_t token = row + first;
+    return (token < wrap ? token : token - wrap) * row_stride;
+  }
 };
 
 EFFATTN_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
 
-EFFATTN_INLINE Matrix matrix_at(const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row = 0) {
-  const int64_t offset = batch * tensor.stride[0] + head * tensor.stride[1] + first_row * tensor.stride[2];
-  return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2], tensor.stride[3], tensor.dtype};
+EFFATTN_INLINE Matrix matrix_at(const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row = 0, int64_t rotation = 0) {
+  const int64_t offset = batch * tensor.stride[0] + head * tensor.stride[1];
+  const int64_t tokens = tensor.size[2];
+  const int64_t first = first_row + rotation;
+  return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2], tensor.stride[3], tensor.dtype,
+      first < tokens ? first : first - tokens, tokens};
 }
 
 template <class Arithmetic>
@@ -56,7 +66,7 @@ inline void row_to_float(float* to, const T* from, int64_t column_stride, int64_
 }
 
 inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
-  const int64_t offset = row * from.row_stride;
+  const int64_t offset = from.offset(row);
   switch (from.dtype) {
     case DType::kBFloat16:
       return row_to_float(to, static_cast<const bfloat16*>(from.data) + offset, from.column_stride, columns, padded_columns);
@@ -69,7 +79,7 @@ inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t col
 
 // Columns of one bf16 row, zero up to padded_columns (even).
 inline void row_to_bfloat16(uint16_t* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
-  const uint16_t* source = static_cast<const uint16_t*>(from.data) + row * from.row_stride;
+  const uint16_t* source = static_cast<const uint16_t*>(from.data) + from.offset(row);
   if (from.column_stride == 1) {
     memcpy(to, source, columns * sizeof(uint16_t));
   } else {
@@ -161,8 +171,8 @@ inline void pack_natural(typename Arithmetic::Word* to, int64_t pitch, const Mat
       const uint16_t* first = even;
       const uint16_t* second = odd;
       if (from.column_stride == 1 && columns % kLanes == 0 && r + 1 < rows) {
-        first = static_cast<const uint16_t*>(from.data) + r * from.row_stride;
-        second = first + from.row_stride;
+        first = static_cast<const uint16_t*>(from.data) + from.offset(r);
+        second = static_cast<const uint16_t*>(from.data) + from.offset(r + 1);
       } else {
         row_to_bfloat16(even, from, r, columns, round_up(columns, kLanes));
         if (r + 1 < rows)
@@ -179,6 +189,36 @@ inline void pack_natural(typename Arithmetic::Word* to, int64_t pitch, const Mat
       }
       for (int64_t c = round_up(columns, kLanes); c < pitch; c += kLanes) memset(line + c, 0, sizeof(WordVec));
     }
+  }
+}
+
+template <class T>
+inline void store_row(T* to, int64_t column_stride, const float* from, Vec factor, int64_t columns) {
+  if (column_stride == 1) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) store_float(to + c, load(from + c) * factor);
+    if (c < columns) store_float_partial(to + c, load(from + c) * factor, columns - c);
+  } else {
+    T part[kLanes];
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      store_float(part, load(from + c) * factor);
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (c + lane < columns) to[(c + lane) * column_stride] = part[lane];
+    }
+  }
+}
+
+// from[0 .. columns rounded up to kLanes) * factor -> logical row of the user's tensor.
+inline void store_row(const Matrix& to, int64_t row, const float* from, Vec factor, int64_t columns) {
+  void* data = const_cast<void*>(to.data);
+  const int64_t offset = to.offset(row);
+  switch (to.dtype) {
+    case DType::kBFloat16:
+      return store_row(static_cast<bfloat16*>(data) + offset, to.column_stride, from, factor, columns);
+    case DType::kFloat16:
+      return store_row(static_cast<float16*>(data) + offset, to.column_stride, from, factor, columns);
+    default:
+      return store_row(static_cast<float*>(data) + offset, to.column_stride, from, factor, columns);
   }
 }
 

@@ -1,0 +1,29 @@
+#include "tensors.h"
+
+namespace effattn::bindings {
+namespace {
+
+GaussianMixture mixture_of(
+    const TorchTensor& alpha, const TorchTensor& sigma, int64_t heads, int64_t tokens, int64_t grid_h, int64_t grid_w, int64_t num_prefix_tokens, double eps) {
+  STD_TORCH_CHECK(alpha.dim() == 2, "alpha must be (K, H)");
+  STD_TORCH_CHECK(grid_h >= 0 && grid_w >= 0 && num_prefix_tokens >= 0 && grid_h * grid_w + num_prefix_tokens == tokens, "grid and prefix do not cover ",
+      tokens, " tokens");
+  const int64_t gaussians = alpha.size(0);
+  return {
+      float_parameter(alpha, gaussians, heads, "alpha"), float_parameter(sigma, gaussians, heads, "sigma"), gaussians, grid_h, grid_w, num_prefix_tokens, eps};
+}
+
+std::tuple<TorchTensor, TorchTensor> gaussian_mixture_fwd(TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor alpha, TorchTensor sigma,
+    int64_t grid_h, int64_t grid_w, int64_t num_prefix_tokens, double eps, double scale) {
+  Forward forward = prepare_forward(query, key, value, scale);
+  const Tensor& q = forward.arguments.query;
+  check_sizes(forward.arguments.key, {q.size[0], q.size[1], q.size[2], q.size[3]}, "key");
+  const GaussianMixture mixture = mixture_of(alpha, sigma, q.size[1], q.size[2], grid_h, grid_w, num_prefix_tokens, eps);
+  kernels(q.dtype).gaussian_mixture_forward(forward.arguments, mixture, runtime());
+  return {std::move(forward.output), std::move(forward.logsumexp)};
+}
+
+}  // namespace
+}  // namespace effattn::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) { m.impl("gaussian_mixture_fwd", TORCH_BOX(&effattn::bindings::gaussian_mixture_fwd)); }

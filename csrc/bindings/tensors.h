@@ -1,0 +1,115 @@
+// Between torch tensors and kernel arguments. All checks here guard memory; what a user can get wrong is reported by the Python front.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "../cpu/api.h"
+
+namespace effattn::bindings {
+
+using TorchTensor = torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+inline DType dtype_of(const TorchTensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      STD_TORCH_CHECK(false, name, " has an element type that the CPU kernels do not know");
+  }
+  return DType::kFloat32;
+}
+
+// A view of up to four dimensions; missing leading ones have size 1 and stride 0.
+inline Tensor view(const TorchTensor& tensor, const char* name) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(dims >= 2 && dims <= 4, name, " must have 2 to 4 dimensions, got ", dims);
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a CPU tensor");
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  Tensor view = {tensor.data_ptr(), {1, 1, 1, 1}, {0, 0, 0, 0}, dtype_of(tensor, name)};
+  for (int64_t d = 0; d < dims; ++d) {
+    view.size[4 - dims + d] = sizes[d];
+    view.stride[4 - dims + d] = strides[d];
+  }
+  return view;
+}
+
+inline void check_sizes(const Tensor& tensor, const std::array<int64_t, 4>& wanted, const char* name) {
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(tensor.size[d] == wanted[d], name, " has size ", tensor.size[d], " where ", wanted[d], " is needed (dimension ", d, " of 4)");
+}
+
+inline TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
+  AtenTensorHandle handle;
+  const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return TorchTensor(handle);
+}
+
+// torch.empty_like: the strides of a dense tensor are kept. Only what is not dense takes the slow way through the dispatcher.
+inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
+  int64_t expected = 1;
+  bool used[4] = {};
+  for (int step = 0; step < 4; ++step) {
+    int next = -1;
+    for (int d = 3; d >= 0 && next < 0; --d)
+      if (!used[d] && (view.size[d] == 1 || view.stride[d] == expected)) next = d;
+    if (next < 0 || view.size[next] == 0) return torch::stable::empty_like(tensor);
+    used[next] = true;
+    expected *= view.size[next];
+  }
+  return empty_strided(view.size, view.stride, 4, tensor.scalar_type());
+}
+
+inline Runtime runtime() {
+  uint32_t threads = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return {static_cast<int>(threads), [](int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+          }};
+}
+
+struct Forward {
+  AttentionForward arguments;
+  TorchTensor output, logsumexp;
+};
+
+inline Forward prepare_forward(const TorchTensor& query, const TorchTensor& key, const TorchTensor& value, double scale) {
+  const Tensor q = view(query, "query"), k = view(key, "key"), v = view(value, "value");
+  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype, "query, key and value must share one floating dtype");
+  STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
+  check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");
+  check_sizes(v, {q.size[0], k.size[1], k.size[2], q.size[3]}, "value");
+  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0), "heads of query must be a multiple of heads of key");
+  TorchTensor output = empty_like(query, q);
+  const int64_t sizes[3] = {q.size[0], q.size[1], q.size[2]};
+  const int64_t strides[3] = {q.size[1] * q.size[2], q.size[2], 1};
+  TorchTensor logsumexp = empty_strided(sizes, strides, 3, ScalarType::Float);
+  const AttentionForward arguments = {q, k, v, view(output, "output"), static_cast<float*>(logsumexp.data_ptr()), static_cast<float>(scale)};
+  return {arguments, std::move(output), std::move(logsumexp)};
+}
+
+inline const float* float_parameter(const TorchTensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name, " must be a contiguous float32 CPU tensor");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ", columns);
+  return static_cast<const float*>(tensor.data_ptr());
+}
+
+}  // namespace effattn::bindings

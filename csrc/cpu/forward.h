@@ -1,0 +1,297 @@
+// Flash attention forward, one engine for every softmax family (policy.h).
+//
+//   S = transform(Q K^T),  O = softmax(S) V,  logsumexp_i = ln sum_j exp(S_ij)
+//
+// A work item is one block of at most kQueryBlock = 48 queries of one head; a thread walks a contiguous range of items and packs K and V whenever it meets
+// another (batch, key head). Per item, over blocks of kKeyBlock = 256 keys:
+//   scores   48 x 256   micro-tiles of 6 x 64 (AVX-512), transformed in registers before they are stored; row maxima are collected on the way
+//   weights  per 6 rows: exp2(S - max), row sums; stays in L1 (bf16 weights are stored as pairs)
+//   output   6 x head_dim += weights * V, rescaled when the running maximum moved
+// In L1: one K panel (64 keys, 16 KB at D = 64 fp32) and the query block; scores, K block and V block in L2.
+// FLOPs 4 N M D per head, one exp2 per score; bytes (2 N + 2 M) D elements per head plus one packed copy of K and V per thread.
+#pragma once
+
+#include "pack.h"
+#include "policy.h"
+#include "scratch.h"
+
+namespace effattn::EFFATTN_ISA {
+
+struct ForwardScratch {
+  Buffer keys, values, tiles;
+};
+
+inline ForwardScratch& forward_scratch() {
+  static thread_local ForwardScratch scratch;
+  return scratch;
+}
+
+template <class Arithmetic, class Policy>
+class Forward {
+  using Word = typename Arithmetic::Word;
+  static constexpr bool kPairs = Arithmetic::kPerWord == 2;
+  static constexpr int64_t kWeightPitch = kKeyBlock / Arithmetic::kPerWord;
+
+ public:
+  Forward(const AttentionForward& arguments, const typename Policy::Arguments& parameters)
+      : arguments_(arguments),
+        policy_(arguments, parameters),
+        queries_(arguments.query.size[2]),
+        keys_(arguments.key.size[2]),
+        head_dim_(arguments.query.size[3]),
+        depth_(words<Arithmetic>(head_dim_)),
+        query_pitch_(round_up(depth_, kLanes)),
+        value_pitch_(round_up(head_dim_, kLanes)),
+        block_rows_(block_rows(queries_)) {
+    ForwardScratch& scratch = forward_scratch();
+    packed_keys_ = scratch.keys.template reserve<Word>(transposed_words<Arithmetic>(keys_, head_dim_) + kLanes);
+    packed_values_ = scratch.values.template reserve<Word>(words<Arithmetic>(keys_) * value_pitch_ + kLanes);
+    const int64_t tile_words = kQueryBlock * (query_pitch_ + kKeyBlock + value_pitch_ + kLanes) + kTileRows * kWeightPitch;
+    scores_ = scratch.tiles.template reserve<float>(tile_words);
+    output_ = scores_ + kQueryBlock * kKeyBlock;
+    row_max_ = output_ + kQueryBlock * value_pitch_;
+    packed_queries_ = reinterpret_cast<Word*>(row_max_ + kQueryBlock * kLanes);
+    weights_ = packed_queries_ + kQueryBlock * query_pitch_;
+  }
+
+  static int64_t block_rows(int64_t queries) {
+    const int64_t blocks = (queries + kQueryBlock - 1) / kQueryBlock;
+    return blocks == 0 ? kQueryBlock : round_up((queries + blocks - 1) / blocks, kTileRows);
+  }
+
+  static int64_t items(const AttentionForward& arguments) {
+    const int64_t rows = block_rows(arguments.query.size[2]);
+    return arguments.query.size[0] * arguments.query.size[1] * ((arguments.query.size[2] + rows - 1) / rows);
+  }
+
+  // Items are ordered (key head, batch, head of the group, query block): head tables outlive the batch, packed keys the group.
+  void run(int64_t begin, int64_t end) {
+    const int64_t blocks = (queries_ + block_rows_ - 1) / block_rows_;
+    const int64_t batches = arguments_.query.size[0];
+    const int64_t group = arguments_.query.size[1] / arguments_.key.size[1];
+    int64_t packed = -1, entered = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item % blocks;
+      const int64_t head_item = item / blocks;
+      const int64_t pack_item = head_item / group;
+      const int64_t key_head = pack_item / batches;
+      const int64_t batch = pack_item % batches;
+      const int64_t head = key_head * group + head_item % group;
+      if (pack_item != packed) {
+        pack_transposed<Arithmetic>(packed_keys_, matrix_at(arguments_.key, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
+        pack_natural<Arithmetic>(packed_values_, value_pitch_, matrix_at(arguments_.value, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
+        packed = pack_item;
+      }
+      if (head_item != entered) {
+        policy_.enter(batch, head);
+        entered = head_item;
+      }
+      // Causal blocks differ in cost: deal them from both ends so that every range gets its share.
+      const int64_t dealt = block % 2 == 0 ? block / 2 : blocks - 1 - block / 2;
+      query_block(batch, head, dealt * block_rows_);
+    }
+    forward_scratch().keys.trim();
+    forward_scratch().values.trim();
+  }
+
+ private:
+  void query_block(int64_t batch, int64_t head, int64_t row) {
+    const int64_t rows = smaller(block_rows_, queries_ - row);
+    const int64_t padded_rows = round_up(rows, kTileRows);
+    pack_rows<Arithmetic>(packed_queries_, query_pitch_, matrix_at(arguments_.query, batch, head, row, policy_.rotation()), rows, padded_rows, head_dim_);
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      running_max_[r] = -INFINITY;
+      running_sum_[r] = 0.f;
+    }
+    const int64_t last_key = policy_.key_limit(row + rows - 1);
+    for (int64_t key = 0; key < last_key; key += kKeyBlock) {
+      const int64_t count = smaller(kKeyBlock, last_key - key);
+      policy_.stage(row, rows, key, count);
+      score_block(row, padded_rows, key, count);
+      for (int64_t r = 0; r < padded_rows; r += kTileRows) {
+        alignas(64) float correction[kTileRows];
+        EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) correction[i] = weigh_row(r + i, i, count);
+        const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * kKeyBlock);
+        const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
+        const int64_t steps = words<Arithmetic>(count);
+        for_each_column_tile(value_pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+          float* output = output_ + r * value_pitch_ + column;
+          if (key == 0)
+            output_tile<vectors.value, true>(weights, values + column, steps, output, correction);
+          else
+            output_tile<vectors.value, false>(weights, values + column, steps, output, correction);
+        });
+      }
+    }
+    if (last_key == 0) memset(output_, 0, rows * value_pitch_ * sizeof(float));
+    finish(batch, head, row, rows);
+  }
+
+  void score_block(int64_t row, int64_t padded_rows, int64_t key, int64_t count) {
+    for (int64_t r = 0; r < padded_rows; ++r) store(row_max_ + r * kLanes, broadcast(-INFINITY));
+    for (int64_t column = 0; column < count; column += kTileColumns) {
+      // The packed panel holds every key of the tensor, the block may end earlier (causal): width is the panel's pitch, vectors what is needed of it.
+      const int64_t width = round_up(smaller(kTileColumns, keys_ - key - column), kLanes);
+      const int64_t vectors = (smaller(kTileColumns, count - column) + kLanes - 1) / kLanes;
+      const Word* panel = packed_keys_ + (key + column) * depth_;
+      for (int64_t r = 0; r < padded_rows; r += kTileRows) {
+        const bool plain = key + column + vectors * kLanes <= policy_.plain_keys(row + r);
+        score_vectors<kTileVectors>(vectors, plain, row, r, key, column, panel, width);
+      }
+    }
+  }
+
+  template <int kVectors>
+  EFFATTN_INLINE void score_vectors(int64_t vectors, bool plain, int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
+    if (vectors == kVectors) {
+      if (plain)
+        score_tile<kVectors, true>(row, r, key, column, panel, width);
+      else
+        score_tile<kVectors, false>(row, r, key, column, panel, width);
+    } else if constexpr (kVectors > 1) {
+      score_vectors<kVectors - 1>(vectors, plain, row, r, key, column, panel, width);
+    }
+  }
+
+  template <int kVectors, bool kPlain>
+  __attribute__((noinline)) void score_tile(int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
+    float* scores = scores_ + r * kKeyBlock + column;
+    float* row_max = row_max_ + r * kLanes;
+    const auto tile = policy_.template tile<kPlain>(row + r, key + column);
+    multiply_tile<Arithmetic, kVectors>(
+        packed_queries_ + r * query_pitch_, query_pitch_, 1, panel, width, depth_, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+            Vec best = load(row_max + i * kLanes);
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+              Vec logit = tile.transform(accumulator[i][v], i, v);
+              if constexpr (!kPlain) {
+                const int64_t visible = policy_.key_limit(row + r + i) - (key + column + v * kLanes);
+                logit = select(first_lanes(visible), logit, broadcast(-INFINITY));
+              }
+              best = max(best, logit);
+              store(scores + i * kKeyBlock + v * kLanes, logit);
+            }
+            store(row_max + i * kLanes, best);
+          }
+        });
+  }
+
+  // Scores of one row -> weights exp2(score - running max); returns what the row's earlier output has to be multiplied with.
+  EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count) {
+    const float block_max = reduce_max(load(row_max_ + r * kLanes));
+    const float old_max = running_max_[r];
+    const float new_max = block_max > old_max ? block_max : old_max;
+    const float finite_max = new_max == -INFINITY ? 0.f : new_max;  // a row with nothing to attend to yet: all weights 0, no NaN from -inf - -inf
+    const Vec shift = broadcast(finite_max);
+    float* scores = scores_ + r * kKeyBlock;
+    Vec sum[2] = {};
+    const int64_t padded = round_up(count, kLanes);
+    int64_t c = 0;
+    if constexpr (kPairs) {
+      Word* weights = weights_ + row_in_group * kWeightPitch;
+#pragma GCC unroll 2
+      for (; c + 2 * kLanes <= padded; c += 2 * kLanes) {
+        const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
+        const Vec high = exp2<Arithmetic::kExp2Degree>(load(scores + c + kLanes) - shift);
+        sum[0] += low;
+        sum[1] += high;
+        store_float(reinterpret_cast<bfloat16*>(weights) + c, low);
+        store_float(reinterpret_cast<bfloat16*>(weights) + c + kLanes, high);
+      }
+      if (c < padded) {
+        const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
+        sum[0] += low;
+        store_float(reinterpret_cast<bfloat16*>(weights) + c, low);
+      }
+    } else {
+#pragma GCC unroll 2
+      for (; c + 2 * kLanes <= padded; c += 2 * kLanes) {
+        const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
+        const Vec high = exp2<Arithmetic::kExp2Degree>(load(scores + c + kLanes) - shift);
+        sum[0] += low;
+        sum[1] += high;
+        store(scores + c, low);
+        store(scores + c + kLanes, high);
+      }
+      if (c < padded) {
+        const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
+        sum[0] += low;
+        store(scores + c, low);
+      }
+    }
+    const float correction = old_max == -INFINITY ? 0.f : exp2<5>(broadcast(old_max - finite_max))[0];
+    running_max_[r] = new_max;
+    running_sum_[r] = running_sum_[r] * correction + reduce_add(sum[0] + sum[1]);
+    return correction;
+  }
+
+  template <int kVectors, bool kFirst>
+  __attribute__((noinline)) void output_tile(const Word* weights, const Word* values, int64_t steps, float* output, const float* correction) {
+    const int64_t pitch = value_pitch_;
+    multiply_tile<Arithmetic, kVectors>(
+        weights, kWeightPitch, 1, values, pitch, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+              float* to = output + i * pitch + v * kLanes;
+              store(to, kFirst ? accumulator[i][v] : fma(load(to), broadcast(correction[i]), accumulator[i][v]));
+            }
+          }
+        });
+  }
+
+  void finish(int64_t batch, int64_t head, int64_t row, int64_t rows) {
+    const Tensor& output = arguments_.output;
+    const Matrix to = matrix_at(output, batch, head, row, policy_.rotation());
+    float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * queries_;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float sum = running_sum_[r];
+      const int64_t token = row + r + policy_.rotation();
+      logsumexp[token < queries_ ? token : token - queries_] = sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
+      float* from = output_ + r * value_pitch_;
+      if (sum == 0.f) memset(from, 0, value_pitch_ * sizeof(float));
+      const Vec inverse = broadcast(sum == 0.f ? 0.f : 1.f / sum);
+      store_row(to, r, from, inverse, head_dim_);
+    }
+  }
+
+  const AttentionForward& arguments_;
+  Policy policy_;
+  const int64_t queries_, keys_, head_dim_, depth_, query_pitch_, value_pitch_, block_rows_;
+  Word* packed_keys_;
+  Word* packed_values_;
+  Word* packed_queries_;
+  Word* weights_;
+  float* scores_;
+  float* output_;
+  float* row_max_;
+  float running_max_[kQueryBlock];
+  float running_sum_[kQueryBlock];
+};
+
+template <class Arithmetic, class Policy>
+inline void forward(const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
+  struct Context {
+    const AttentionForward& arguments;
+    const typename Policy::Arguments& parameters;
+  } context{arguments, parameters};
+  const RangeFunction range = [](int64_t begin, int64_t end, void* opaque) {
+    const Context& shared = *static_cast<const Context*>(opaque);
+    Forward<Arithmetic, Policy>(shared.arguments, shared.parameters).run(begin, end);
+  };
+  const int64_t items = Forward<Arithmetic, Policy>::items(arguments);
+  const double flops = 4.0 * arguments.query.size[0] * arguments.query.size[1] * arguments.query.size[2] * arguments.key.size[2] * arguments.query.size[3];
+  run_items(runtime, items, flops, range, &context);
+}
+
+// The avx512_bf16 level holds bf16 products only: for other element types dispatch.cpp takes the avx512 level. Below it every type is converted to fp32 in
+// packing.
+template <class Policy>
+inline void forward_any_type(const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+  forward<BFloat16Pair, Policy>(arguments, parameters, runtime);
+#else
+  forward<Float32, Policy>(arguments, parameters, runtime);
+#endif
+}
+
+}  // namespace effattn::EFFATTN_ISA
