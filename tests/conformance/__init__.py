@@ -1,0 +1,31 @@
+"""The family-independent conformance suite: what every registered operator is held to.
+
+A new operator gets all of it by one entry in ``cases.CASES`` and its float64 formula in ``formulas``.
+"""
+
+from .cases import CASES, Case, Shape, all_cases, backends_of, case_and_backend, device_of, require, small
+from .layouts import LAYOUTS, Placed, place
+from .modes import GuardedAllocations, RecordedCalls, launch
+from .rule import Result, assert_same_bits, assert_within_budget, run
+
+__all__ = [
+    "CASES",
+    "LAYOUTS",
+    "Case",
+    "GuardedAllocations",
+    "Placed",
+    "RecordedCalls",
+    "Result",
+    "Shape",
+    "all_cases",
+    "assert_same_bits",
+    "assert_within_budget",
+    "backends_of",
+    "case_and_backend",
+    "device_of",
+    "launch",
+    "place",
+    "require",
+    "run",
+    "small",
+]

@@ -1,0 +1,345 @@
+"""What the suite needs to know of each registered operator, keyed by its name in the registry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import effattn
+from effattn import _registry
+from effattn._registry import Problem
+
+from . import formulas
+from .layouts import place
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int = 2
+    heads: int = 3
+    grid: tuple[int, int] = (4, 5)
+    prefix: int = 1
+    head_dim: int = 16
+    gaussians: int = 5
+    keys: int | None = None  # of operators whose keys are not the queries' tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def key_tokens(self) -> int:
+        return self.tokens if self.keys is None else self.keys
+
+    def __str__(self) -> str:
+        keys = "" if self.keys is None else f"x{self.keys}"
+        height, width = self.grid
+        return f"{self.batch}x{self.heads}x({self.prefix}+{height}*{width}){keys}x{self.head_dim}K{self.gaussians}"
+
+    def with_(self, **changes) -> Shape:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One public operator in one mode of use.
+
+    Args:
+        op: name in the registry.
+        variant: the mode, where the operator has several.
+        function: the public function, called as ``function(**tensors, **options, backend=...)``.
+        sample: (shape, generator) -> its tensor arguments in float64 by name, query, key and value first.
+        options: shape -> its other arguments by name.
+        differentiable: the tensor arguments that receive a gradient from the kernels.
+        parameters: the tensor arguments without a batch dimension.
+        formula: the NumPy float64 formula on the same names.
+        flops: shape -> FLOPs of the forward by the operator's convention.
+        bad: (why, changes of the arguments, exception, what its message must say).
+        in_float32: the tensor arguments that stay float32 whatever query's dtype.
+    """
+
+    op: str
+    variant: str
+    function: Callable
+    sample: Callable[[Shape, torch.Generator], dict[str, Tensor]]
+    options: Callable[[Shape], dict]
+    differentiable: tuple[str, ...]
+    formula: Callable
+    flops: Callable[[Shape], int]
+    parameters: tuple[str, ...] = ()
+    bad: tuple[tuple[str, Callable[[dict], dict], type, str], ...] = field(default=())
+    in_float32: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}[{self.variant}]" if self.variant else self.op
+
+    def __call__(self, tensors: dict[str, Tensor], options: dict, backend: str) -> Tensor:
+        return self.function(**tensors, **options, backend=backend)
+
+    def tensors(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        layouts: str | tuple[str, str, str] | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> dict[str, Tensor]:
+        """Sample arguments; with ``layouts`` each lies in a NaN-filled storage, query, key and value as it says."""
+        drawn = self.sample(shape, torch.Generator().manual_seed(seed))
+        layouts = (layouts,) * 3 if isinstance(layouts, str) else layouts
+        of = dict(zip(("query", "key", "value"), layouts)) if layouts else {}
+        out = {}
+        for name, tensor in drawn.items():
+            if tensor.is_floating_point():
+                keep = name in self.in_float32 and dtype != torch.float64
+                tensor = tensor.to(torch.float32 if keep else dtype)
+            tensor = tensor.to(device)
+            out[name] = place(tensor, of.get(name, "contiguous")) if layouts else tensor
+        return out
+
+    def grad_output(self, shape: Shape, dtype=torch.float32, layout: str | None = None, device: str = "cpu") -> Tensor:
+        size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).to(device)
+        return place(drawn, layout) if layout else drawn
+
+
+def _qkv(shape: Shape, generator, kv_heads: int | None = None) -> dict[str, Tensor]:
+    def normal(heads, tokens):
+        return torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator, dtype=torch.float64)
+
+    kv_heads = shape.heads if kv_heads is None else kv_heads
+    query = normal(shape.heads, shape.tokens)
+    return {"query": query, "key": normal(kv_heads, shape.key_tokens), "value": normal(kv_heads, shape.key_tokens)}
+
+
+def _normal(generator, *size) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def _square(shape: Shape) -> Shape:
+    return shape.with_(keys=None)
+
+
+def _two_products(shape: Shape) -> int:
+    return 4 * shape.batch * shape.heads * shape.tokens * shape.key_tokens * shape.head_dim
+
+
+def _two_square_products(shape: Shape) -> int:
+    return _two_products(_square(shape))
+
+
+# ---- bad arguments that every operator of query, key and value refuses ----
+
+
+def _set(**changes) -> Callable[[dict], dict]:
+    return lambda arguments: {**arguments, **changes}
+
+
+def _map(name: str, change: Callable) -> Callable[[dict], dict]:
+    return lambda arguments: {**arguments, name: change(arguments[name])}
+
+
+BAD_INPUTS = (
+    ("query that is no tensor", _set(query=[1.0]), TypeError, "query must be a Tensor"),
+    ("key that is no tensor", _set(key=None), TypeError, "key must be a Tensor"),
+    ("three-dimensional query", _map("query", lambda t: t[0]), ValueError, "query must have shape"),
+    ("three-dimensional value", _map("value", lambda t: t[0]), ValueError, "value must have shape"),
+    ("integer query", _map("query", torch.Tensor.int), TypeError, "query must be floating point"),
+    ("complex key", _map("key", lambda t: t.to(torch.complex64)), TypeError, "key must be floating point"),
+    ("key of another dtype", _map("key", torch.Tensor.half), TypeError, "key must have query's dtype"),
+    ("value on another device", _map("value", lambda t: t.to("meta")), ValueError, "value must be on query's device"),
+    ("key of another length", _map("key", lambda t: t[:, :, 1:]), ValueError, "key must have query's shape"),
+    ("value of another head_dim", _map("value", lambda t: t[..., 1:]), ValueError, "value must have query's shape"),
+    ("key of another batch", _map("key", lambda t: t[:1]), ValueError, "key must have query's shape"),
+    (
+        "head_dim of zero",
+        lambda a: {**a, **{name: a[name][..., :0] for name in ("query", "key", "value")}},
+        ValueError,
+        "head_dim",
+    ),
+    ("scale that is no number", _set(scale="big"), TypeError, "scale must be a number"),
+    ("scale that is NaN", _set(scale=float("nan")), ValueError, "scale must be finite"),
+    ("infinite scale", _set(scale=float("inf")), ValueError, "scale must be finite"),
+    ("dropout_p of one", _set(dropout_p=1.0), ValueError, "dropout_p"),
+    ("negative dropout_p", _set(dropout_p=-0.1), ValueError, "dropout_p"),
+    ("unknown backend", _set(backend="tpu"), ValueError, "backend must be one of .*'tpu'"),
+)
+
+_BAD_MIXTURES = (
+    ("grid that is no pair", _set(grid=(20,)), TypeError, "grid must be a pair"),
+    ("grid that is a number", _set(grid=20), TypeError, "grid must be a pair"),
+    ("grid of floats", _set(grid=(4.0, 5)), TypeError, "grid height must be an int"),
+    ("negative grid", _set(grid=(4, -5)), ValueError, "grid width must be at least 0"),
+    ("grid of another number of tokens", _set(grid=(4, 6)), ValueError, "grid 4 x 6"),
+    ("negative num_prefix_tokens", _set(num_prefix_tokens=-1), ValueError, "num_prefix_tokens must be at least 0"),
+    ("fractional num_prefix_tokens", _set(num_prefix_tokens=1.5), TypeError, "num_prefix_tokens must be an int"),
+    ("alpha that is no tensor", _set(alpha=1.0), TypeError, "alpha must be a Tensor"),
+    ("integer sigma", _map("sigma", torch.Tensor.int), TypeError, "sigma must be floating point"),
+    ("one-dimensional alpha", _map("alpha", lambda t: t[0]), ValueError, "alpha must have shape"),
+    ("alpha of other heads", _map("alpha", lambda t: t[:, 1:]), ValueError, "alpha must have shape"),
+    ("no Gaussians", _map("alpha", lambda t: t[:0]), ValueError, "alpha must have shape"),
+    ("sigma of another shape than alpha", _map("sigma", lambda t: t[1:]), ValueError, "sigma must have alpha's shape"),
+    ("sigma on another device", _map("sigma", lambda t: t.to("meta")), ValueError, "sigma must be on query's device"),
+    ("eps of zero", _set(eps=0.0), ValueError, "eps must be above 0"),
+    ("eps that is NaN", _set(eps=float("nan")), ValueError, "eps must be finite"),
+)
+
+_BAD_WEIGHTS = (
+    ("weight that is no tensor", _set(weight=1.0), TypeError, "weight must be a Tensor"),
+    ("boolean weight", _map("weight", torch.Tensor.bool), TypeError, "weight must be floating point"),
+    ("weight of other tokens", _map("weight", lambda t: t[..., 1:]), ValueError, "weight must have shape"),
+    ("weight with a batch", _map("weight", lambda t: t.expand(1, 1, 1, *t.shape)), ValueError, "weight must have"),
+    ("weight on another device", _map("weight", lambda t: t.to("meta")), ValueError, "weight must be on"),
+)
+
+# SDPA words its complaints as torch does, for torch makes them; ours are about what torch does not know.
+_BAD_SDPA = (
+    ("unknown backend", _set(backend="tpu"), ValueError, "backend must be one of .*'tpu'"),
+    ("query that is no tensor", _set(query=None), TypeError, "query"),
+    ("value of another batch", _map("value", lambda t: t[:1].expand(5, -1, -1, -1)), RuntimeError, ""),
+    ("key of another head_dim", _map("key", lambda t: t[..., 1:]), RuntimeError, ""),
+    ("scale that is no number", _set(scale="big"), TypeError, "scale"),
+    ("mask and is_causal", _set(is_causal=True, attn_mask=torch.ones(21, 21) > 0), RuntimeError, "attn_mask"),
+)
+
+
+# ---- the table ----
+
+
+def _mixture_sample(shape: Shape, generator) -> dict[str, Tensor]:
+    size = (shape.gaussians, shape.heads)
+    widths = 2 + 3 * _normal(generator, *size)  # both signs, so some are narrow and some wide beside these grids
+    return {**_qkv(_square(shape), generator), "alpha": 2 * _normal(generator, *size), "sigma": widths}
+
+
+def _mixture(variant: str, **extra) -> Case:
+    return Case(
+        op="gaussian_mixture_attention",
+        variant=variant,
+        function=effattn.gaussian_mixture_attention,
+        sample=_mixture_sample,
+        options=lambda shape: {"grid": shape.grid, "num_prefix_tokens": shape.prefix, **extra},
+        differentiable=("query", "key", "value", "alpha", "sigma"),
+        parameters=("alpha", "sigma"),
+        in_float32=("alpha", "sigma") if not variant else (),
+        formula=formulas.gaussian_mixture_attention,
+        flops=_two_square_products,
+        bad=BAD_INPUTS + _BAD_MIXTURES,
+    )
+
+
+def _masked(variant: str, per_head: bool) -> Case:
+    def sample(shape: Shape, generator):
+        heads = (shape.heads,) if per_head else ()
+        return {
+            **_qkv(_square(shape), generator),
+            "weight": 1 + _normal(generator, *heads, shape.tokens, shape.tokens),
+        }
+
+    return Case(
+        op="masked_product_attention",
+        variant=variant,
+        function=effattn.masked_product_attention,
+        sample=sample,
+        options=lambda shape: {"scale": 0.3} if per_head else {},
+        differentiable=("query", "key", "value", "weight"),
+        parameters=("weight",),
+        in_float32=("weight",) if per_head else (),
+        formula=formulas.masked_product_attention,
+        flops=_two_square_products,
+        bad=BAD_INPUTS + _BAD_WEIGHTS,
+    )
+
+
+def _sdpa(variant: str, mask: Callable | None = None, kv_heads: int | None = None, **options) -> Case:
+    def sample(shape: Shape, generator):
+        heads = shape.heads if kv_heads is None else min(kv_heads, shape.heads)
+        tensors = _qkv(shape, generator, heads)
+        return tensors if mask is None else {**tensors, "attn_mask": mask(shape, generator)}
+
+    return Case(
+        op="scaled_dot_product_attention",
+        variant=variant,
+        function=effattn.scaled_dot_product_attention,
+        sample=sample,
+        options=lambda shape: options,
+        differentiable=("query", "key", "value"),
+        formula=formulas.scaled_dot_product_attention,
+        flops=_two_products,
+        bad=_BAD_SDPA if mask is None and not options else (),
+    )
+
+
+def _boolean_mask(shape: Shape, generator) -> Tensor:
+    mask = _normal(generator, shape.batch, 1, shape.tokens, shape.key_tokens) > -0.5
+    mask[:, :, 1::4] = False  # rows with nothing to attend to
+    return mask
+
+
+def _additive_mask(shape: Shape, generator) -> Tensor:
+    mask = _normal(generator, shape.batch, shape.heads, shape.tokens, shape.key_tokens)
+    return mask.masked_fill(mask > 1.0, float("-inf"))
+
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "gaussian_mixture_attention": (_mixture(""), _mixture("scaled", scale=0.7, eps=0.5)),
+    "masked_product_attention": (_masked("shared", per_head=False), _masked("per_head", per_head=True)),
+    "scaled_dot_product_attention": (
+        _sdpa(""),
+        _sdpa("causal", is_causal=True),
+        _sdpa("boolean", mask=_boolean_mask),
+        _sdpa("additive", mask=_additive_mask, scale=0.4),
+        _sdpa("grouped", kv_heads=1, enable_gqa=True),
+    ),
+}
+
+KERNEL_BACKENDS = tuple(b for b in _registry.BACKENDS if b != "reference")
+REQUIRED = tuple(filter(None, os.environ.get("EFFATTN_REQUIRE_BACKENDS", "").split(",")))
+"""Backends whose absence is a failure and no reason to skip (set in continuous integration)."""
+
+
+def device_of(backend: str) -> str:
+    """Where a backend is tested: kernels of the GPU on one if it is there."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return "cuda" if on_gpu else "cpu"
+
+
+def small(backend: str) -> Shape:
+    """The shape for tests that are not about shapes; Triton's interpreter takes its time over every tile."""
+    return Shape(batch=2, heads=2, grid=(3, 4)) if backend == "triton" else Shape()
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    return tuple(b.name for b in _registry._table[op] if b.name != "torch")
+
+
+def require(op: str, backend: str) -> None:
+    """Skip, with the registry's own reason, where ``backend`` cannot serve a plain call of ``op`` on this machine."""
+    problem = Problem(device_of(backend), torch.float32, 16)
+    ok, reason = next(b.predicate(problem) for b in _registry._table[op] if b.name == backend)
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        ok, reason = False, "no CUDA GPU"
+    if not ok:
+        (pytest.fail if backend in REQUIRED else pytest.skip)(f"{backend}: {reason}")
+
+
+def all_cases() -> list[Case]:
+    return [case for op in _registry.operators() for case in CASES.get(op, ())]
+
+
+def case_and_backend(*, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrise over every case of every registered operator x every backend in its row of the registry."""
+    return pytest.mark.parametrize("case, backend", list(_pairs(without)))
+
+
+def _pairs(without: tuple[str, ...]) -> Iterator:
+    for case in all_cases():
+        for backend in backends_of(case.op):
+            if backend not in without:
+                marks = [pytest.mark.gpu] if device_of(backend) == "cuda" else []
+                yield pytest.param(case, backend, id=f"{case}-{backend}", marks=marks)

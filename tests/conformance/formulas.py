@@ -1,0 +1,68 @@
+"""The formulas of the math pages in NumPy float64, one loop over batch and head each: what the reference is tested against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Rows of nothing but -inf give zeros."""
+    highest = np.max(logits, axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(logits - np.where(np.isfinite(highest), highest, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def mixture_mask(alpha, sigma, grid, num_prefix_tokens=0, eps=1e-5) -> np.ndarray:
+    """M_h(i, j) = sum_k alpha[k,h] exp(-r2(i, j) / (2 (sigma[k,h]^2 + eps))), 1 where i or j is a prefix token."""
+    gaussians, heads = alpha.shape
+    height, width = grid
+    tokens = num_prefix_tokens + height * width
+    mask = np.ones((heads, tokens, tokens))
+    for i in range(height * width):
+        for j in range(height * width):
+            squared_distance = (i // width - j // width) ** 2 + (i % width - j % width) ** 2
+            for head in range(heads):
+                mask[head, num_prefix_tokens + i, num_prefix_tokens + j] = sum(
+                    alpha[k, head] * np.exp(-squared_distance / (2 * (sigma[k, head] ** 2 + eps)))
+                    for k in range(gaussians)
+                )
+    return mask
+
+
+def masked_product_attention(query, key, value, weight, scale=None) -> np.ndarray:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = np.zeros_like(query)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            factor = weight if weight.ndim == 2 else weight[h]
+            output[b, h] = _softmax(scale * (query[b, h] @ key[b, h].T) * factor) @ value[b, h]
+    return output
+
+
+def gaussian_mixture_attention(
+    query, key, value, alpha, sigma, grid, num_prefix_tokens=0, eps=1e-5, scale=None
+) -> np.ndarray:
+    mask = mixture_mask(alpha, sigma, grid, num_prefix_tokens, eps)
+    return masked_product_attention(query, key, value, mask, scale)
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, is_causal=False, scale=None, enable_gqa=False
+) -> np.ndarray:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, length, head_dim = query.shape
+    keys = key.shape[2]
+    added = np.zeros((length, keys))
+    if is_causal:
+        added = np.where(np.arange(keys) <= np.arange(length)[:, None], 0.0, -np.inf)
+    elif attn_mask is not None:
+        added = np.where(attn_mask, 0.0, -np.inf) if attn_mask.dtype == bool else attn_mask
+    added = np.broadcast_to(added, (batch, heads, length, keys))
+    group = heads // key.shape[1]
+    output = np.zeros((batch, heads, length, head_dim))
+    for b in range(batch):
+        for h in range(heads):
+            logits = scale * (query[b, h] @ key[b, h // group].T) + added[b, h]
+            output[b, h] = _softmax(logits) @ value[b, h // group]
+    return output

@@ -1,0 +1,74 @@
+"""Environment, fixtures and profiles shared by all tests."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
+os.environ.pop("EFFATTN_BACKEND", None)
+
+THREADS = 2
+torch.set_num_threads(THREADS)
+
+_common = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("default", derandomize=True, max_examples=25, **_common)
+settings.register_profile("search", max_examples=1000, **_common)  # HYPOTHESIS_PROFILE=search looks for new failures
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_report_header():
+    from effattn import _native
+
+    interpreted = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    return f"effattn: cpu kernels {'loaded' if _native.loaded else _native.problem}; triton {interpreted}; gpu {HAS_GPU}"
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def poisoned_empty():
+    """Memory from ``torch.empty`` is filled with NaN, also inside kernels: reading before writing shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_log(monkeypatch, caplog):
+    """What effattn logs, as if no fallback had been reported before."""
+    from effattn import _registry
+
+    monkeypatch.setattr(_registry, "_logged", set())
+    caplog.set_level(logging.INFO, logger="effattn")
+    return caplog
