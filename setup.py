@@ -150,7 +150,10 @@ write_ninja = {"effattn._cpu": write_cpu_ninja}
 
 lacking = missing()
 if lacking:
-    print(f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.", file=sys.stderr)
+    print(
+        f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.",
+        file=sys.stderr,
+    )
 
 BESIDE = {"effattn.triton_kernels": "triton_kernels", "effattn.bench": "bench"}
 packages = find_packages(include=["effattn", "effattn.*"])

@@ -29,7 +29,9 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{op}: {name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
         if tensor.dtype != query.dtype:

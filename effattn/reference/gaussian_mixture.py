@@ -1,8 +1,8 @@
 """Gaussian-mixture-mask attention in plain PyTorch: the specification (arXiv 2309.05375, equations 5 to 7).
 
-    r2(i, j)  = (x_i - x_j)^2 + (y_i - y_j)^2
-    M_h(i, j) = sum_k alpha[k, h] * exp(-r2(i, j) / (2 * (sigma[k, h]^2 + eps)))         1 where i or j is a prefix token
-    O         = softmax((scale * Q K^T) * M) V
+r2(i, j)  = (x_i - x_j)^2 + (y_i - y_j)^2
+M_h(i, j) = sum_k alpha[k, h] * exp(-r2(i, j) / (2 * (sigma[k, h]^2 + eps)))         1 where i or j is a prefix token
+O         = softmax((scale * Q K^T) * M) V
 """
 
 from __future__ import annotations
