@@ -22,7 +22,19 @@ std::tuple<TorchTensor, TorchTensor> attention_fwd(
   return {std::move(forward.output), std::move(forward.logsumexp)};
 }
 
+std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value,
+    std::optional<TorchTensor> attn_mask, TorchTensor output, TorchTensor logsumexp, bool is_causal, double scale) {
+  Backward backward = prepare_backward(grad_output, query, key, value, output, logsumexp, scale);
+  const Tensor& q = backward.arguments.query;
+  const AttentionMask mask = mask_of(attn_mask, q, backward.arguments.key, is_causal);
+  kernels(q.dtype).attention_backward(backward.arguments, mask, runtime());
+  return {std::move(backward.grad_query), std::move(backward.grad_key), std::move(backward.grad_value)};
+}
+
 }  // namespace
 }  // namespace effattn::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&effattn::bindings::attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&effattn::bindings::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&effattn::bindings::attention_bwd));
+}

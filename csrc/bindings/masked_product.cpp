@@ -22,7 +22,22 @@ std::tuple<TorchTensor, TorchTensor> masked_product_fwd(TorchTensor query, Torch
   return {std::move(forward.output), std::move(forward.logsumexp)};
 }
 
+std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> masked_product_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value,
+    TorchTensor weight, TorchTensor output, TorchTensor logsumexp, double scale) {
+  Backward backward = prepare_backward(grad_output, query, key, value, output, logsumexp, scale);
+  const Tensor& q = backward.arguments.query;
+  check_sizes(backward.arguments.key, {q.size[0], q.size[1], q.size[2], q.size[3]}, "key");
+  const MaskedProduct product = product_of(weight, q.size[1], q.size[2]);
+  TorchTensor grad_weight = torch::stable::empty_like(weight);
+  const MaskedProductGrad gradient = {view(grad_weight, "grad_weight")};
+  kernels(q.dtype).masked_product_backward(backward.arguments, product, gradient, runtime());
+  return {std::move(backward.grad_query), std::move(backward.grad_key), std::move(backward.grad_value), std::move(grad_weight)};
+}
+
 }  // namespace
 }  // namespace effattn::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) { m.impl("masked_product_fwd", TORCH_BOX(&effattn::bindings::masked_product_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) {
+  m.impl("masked_product_fwd", TORCH_BOX(&effattn::bindings::masked_product_fwd));
+  m.impl("masked_product_bwd", TORCH_BOX(&effattn::bindings::masked_product_bwd));
+}

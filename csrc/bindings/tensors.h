@@ -106,6 +106,31 @@ inline Forward prepare_forward(const TorchTensor& query, const TorchTensor& key,
   return {arguments, std::move(output), std::move(logsumexp)};
 }
 
+struct Backward {
+  AttentionBackward arguments;
+  TorchTensor grad_query, grad_key, grad_value;
+};
+
+inline Backward prepare_backward(const TorchTensor& grad_output, const TorchTensor& query, const TorchTensor& key, const TorchTensor& value,
+    const TorchTensor& output, const TorchTensor& logsumexp, double scale) {
+  const Tensor g = view(grad_output, "grad_output"), q = view(query, "query"), k = view(key, "key"), v = view(value, "value"), o = view(output, "output");
+  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype && o.dtype == q.dtype && g.dtype == q.dtype,
+      "query, key, value, output and grad_output must share one floating dtype");
+  STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
+  check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");
+  check_sizes(v, {q.size[0], k.size[1], k.size[2], q.size[3]}, "value");
+  check_sizes(o, {q.size[0], q.size[1], q.size[2], q.size[3]}, "output");
+  check_sizes(g, {q.size[0], q.size[1], q.size[2], q.size[3]}, "grad_output");
+  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0), "heads of query must be a multiple of heads of key");
+  STD_TORCH_CHECK(logsumexp.is_cpu() && logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() && logsumexp.dim() == 3 &&
+                      logsumexp.size(0) == q.size[0] && logsumexp.size(1) == q.size[1] && logsumexp.size(2) == q.size[2],
+      "logsumexp must be a contiguous float32 (B, H, N) CPU tensor");
+  TorchTensor grad_query = empty_like(query, q), grad_key = empty_like(key, k), grad_value = empty_like(value, v);
+  const AttentionBackward arguments = {g, q, k, v, o, static_cast<const float*>(logsumexp.data_ptr()), view(grad_query, "grad_query"), view(grad_key, "grad_key"),
+      view(grad_value, "grad_value"), static_cast<float>(scale)};
+  return {arguments, std::move(grad_query), std::move(grad_key), std::move(grad_value)};
+}
+
 inline const float* float_parameter(const TorchTensor& tensor, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name, " must be a contiguous float32 CPU tensor");
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ", columns);

@@ -2,6 +2,7 @@
 //
 // Without bias a score costs one multiply beyond the product; with a dense bias one load and two multiply-adds, read in place when float32 (dense_tile.h).
 // Causal blocks past the diagonal are not computed. FLOPs 4 N M D per head (half if causal).
+#include "backward.h"
 #include "dense_tile.h"
 #include "forward.h"
 
@@ -69,6 +70,14 @@ class BiasPolicy {
   const float factor_;
 };
 
+template <class AnyPolicy>
+struct AttentionFamily {
+  using Policy = AnyPolicy;
+  using Sink = NoParameterGradient;
+  using SinkArguments = NoParameterGradient;
+  static constexpr bool kMultiplies = false;
+};
+
 }  // namespace
 
 void attention_forward(const AttentionForward& attention, const AttentionMask& mask, const Runtime& runtime) {
@@ -76,6 +85,12 @@ void attention_forward(const AttentionForward& attention, const AttentionMask& m
     forward_any_type<BiasPolicy>(attention, mask, runtime);
   else
     forward_any_type<PlainPolicy>(attention, mask, runtime);
+}
+
+void attention_backward(const AttentionBackward& attention, const AttentionMask& mask, const Runtime& runtime) {
+  const KeyChunks chunks(attention.key.size[2], attention.query.size[0] * attention.key.size[1]);
+  if (mask.bias.data) backward_any_type<AttentionFamily<BiasPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
+  else backward_any_type<AttentionFamily<PlainPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

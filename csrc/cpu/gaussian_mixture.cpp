@@ -12,6 +12,7 @@
 // Table bytes: narrow 4 (2h-1) w^2, kept below kNarrowBytes; wide 4 (2h-1)(2w-1) = O(N). Building: (max(h, w)) K exponentials and h w K multiply-adds in
 // float64.
 #include "forward.h"
+#include "gaussian_mixture_gradient.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace {
@@ -47,7 +48,8 @@ class GaussianMixturePolicy {
     narrow_ = w < kLanes || (w % kLanes != 0 && (2 * h - 1) * w * w * int64_t{sizeof(float)} <= kNarrowBytes);
     const int64_t reach = (narrow_ ? grid_tokens_ : h * (2 * w - 1)) + 2 * kLanes;  // beyond every row base
     const int64_t table = narrow_ ? w * (2 * h - 1) * w : (2 * h - 1) * (2 * w - 1);
-    storage_ = scratch.table.reserve<float>(kLanes + table + kLanes + reach);
+    table_floats_ = kLanes + table + kLanes + reach;
+    storage_ = scratch.table.reserve<float>(table_floats_);
     table_ = storage_ + kLanes;
     ones_ = table_ + table + kLanes;
     profile_ = scratch.profile.reserve<double>(mixture.num_gaussians * larger(h, w) + h * w);
@@ -86,6 +88,11 @@ class GaussianMixturePolicy {
       }
     }
   }
+
+  // Where the table lies, for its twin that collects the gradient.
+  bool narrow() const { return narrow_; }
+  const float* storage() const { return storage_; }
+  int64_t table_floats() const { return table_floats_; }
 
   template <bool kPlain>
   struct Tile {
@@ -163,6 +170,7 @@ class GaussianMixturePolicy {
   const float factor_;
   int64_t head_ = -1;
   bool narrow_;
+  int64_t table_floats_;
   float* storage_;
   float* table_;
   float* ones_;
@@ -171,10 +179,28 @@ class GaussianMixturePolicy {
   KeyVector* key_vectors_;
 };
 
+struct GaussianMixtureFamily {
+  using Policy = GaussianMixturePolicy;
+  using Sink = MixtureSink<GaussianMixturePolicy>;
+  using SinkArguments = MixtureSinkArguments;
+  static constexpr bool kMultiplies = true;
+};
+
 }  // namespace
 
 void gaussian_mixture_forward(const AttentionForward& attention, const GaussianMixture& mixture, const Runtime& runtime) {
   forward_any_type<GaussianMixturePolicy>(attention, mixture, runtime);
+}
+
+void gaussian_mixture_backward(const AttentionBackward& attention, const GaussianMixture& mixture, const GaussianMixtureGrad& gradient, const Runtime& runtime) {
+  const int64_t batches = attention.query.size[0], heads = attention.query.size[1];
+  const KeyChunks chunks(attention.key.size[2], batches * heads);
+  Buffer folded;
+  const MixtureSinkArguments sink = {mixture, folded.reserve<double>(batches * heads * chunks.chunks * mixture.grid_h * mixture.grid_w)};
+  backward_any_type<GaussianMixtureFamily>(attention, mixture, chunks, sink, runtime);
+  MixtureReduction reduction = {mixture, gradient, sink.folded, heads, batches * chunks.chunks, attention.scale};
+  const double terms = static_cast<double>(heads) * mixture.grid_h * mixture.grid_w * (mixture.num_gaussians * 4 + batches * chunks.chunks);
+  run_items(runtime, heads, terms, MixtureReduction::run, &reduction);
 }
 
 }  // namespace effattn::EFFATTN_ISA

@@ -4,6 +4,7 @@
 // FLOPs as plain attention; bytes 4 B H N^2 for M unless it stays in cache.
 #include "dense_tile.h"
 #include "forward.h"
+#include "masked_product_gradient.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace {
@@ -39,10 +40,23 @@ class MaskedProductPolicy {
   const float factor_;
 };
 
+struct MaskedProductFamily {
+  using Policy = MaskedProductPolicy;
+  using Sink = NoParameterGradient;
+  using SinkArguments = NoParameterGradient;
+  static constexpr bool kMultiplies = true;
+};
+
 }  // namespace
 
 void masked_product_forward(const AttentionForward& attention, const MaskedProduct& mask, const Runtime& runtime) {
   forward_any_type<MaskedProductPolicy>(attention, mask, runtime);
+}
+
+void masked_product_backward(const AttentionBackward& attention, const MaskedProduct& mask, const MaskedProductGrad& gradient, const Runtime& runtime) {
+  const KeyChunks chunks(attention.key.size[2], attention.query.size[0] * attention.query.size[1]);
+  backward_any_type<MaskedProductFamily>(attention, mask, chunks, NoParameterGradient{}, runtime);
+  weight_gradient<MaskedProductPolicy>(attention, mask, gradient, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

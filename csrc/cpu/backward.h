@@ -1,0 +1,419 @@
+// Flash attention backward, one engine for every softmax family: the transform of the forward policy (policy.h), its slope, and a sink for parameter gradients.
+//
+//   S = Q K^T,  logit = transform(S),  P = exp(logit - logsumexp),  delta_i = dO_i . O_i
+//   dP = dO V^T,  dLogit = P * (dP - delta),  dS = dLogit * slope,     slope = d logit / d S
+//   dV = P^T dO,  dK = dS^T Q,  dQ = dS K,    d slope = dLogit * S     (what a multiplying family's parameters receive)
+//
+// A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96 queries, all in micro-tiles of 6 x 64 (AVX-512):
+//   S, dP   96 x 192   Q and dO rows against K^T and V^T, packed once per task
+//   P, dS              one pass row by row over S and dP; bf16 also stores both with pairs of rows interleaved, the operand of the next two products
+//   dV, dK  192 x D    += P^T dO, dS^T Q: the 96 x 192 tiles read by columns
+//   dQ      96 x D     += dS K
+// In L2: K and V of the block in three packings, both tiles, dK and dV of the block; in L1: one panel of 64 keys (16 KB at D = 64 fp32) and the rows of 6 queries.
+// Chunks depend on the problem only, never on the threads; their dQ are added up in order, so every bit is the same on any number of threads.
+// FLOPs 10 N M D per head, one exp2 per score. Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
+#pragma once
+
+#include "pack.h"
+#include "policy.h"
+#include "scratch.h"
+
+namespace effattn::EFFATTN_ISA {
+
+inline constexpr int64_t kBackwardQueries = 96;
+inline constexpr int64_t kBackwardKeys = 192;   // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
+inline constexpr int64_t kTilePitch = kKeyBlock + 16;  // an odd number of cache lines: columns spread over all sets
+inline constexpr int64_t kFewestTasks = 16;
+static_assert(kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
+
+struct BackwardScratch {
+  Buffer keys, queries, gradients, tiles;
+};
+
+inline BackwardScratch& backward_scratch() {
+  static thread_local BackwardScratch scratch;
+  return scratch;
+}
+
+// Blocks of kBackwardKeys keys dealt out to chunks of neighbours.
+struct KeyChunks {
+  int64_t keys, blocks, chunks;
+
+  KeyChunks(int64_t keys, int64_t independent_tasks)
+      : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
+    const int64_t wanted = (kFewestTasks + independent_tasks - 1) / larger(independent_tasks, 1);
+    chunks = larger(smaller(wanted, blocks), 1);
+  }
+  int64_t begin(int64_t chunk) const { return chunk * blocks / chunks * kBackwardKeys; }
+  int64_t end(int64_t chunk) const { return chunk + 1 == chunks ? keys : begin(chunk + 1); }
+};
+
+// C (rows x kVectors vectors) = or += A B, six rows at a time; rows are padded to kTileRows by the caller.
+template <class Arithmetic, int kVectors, bool kAdd>
+__attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Arithmetic::Word* b,
+    ptrdiff_t b_step, ptrdiff_t steps, float* c, ptrdiff_t c_row, ptrdiff_t rows) {
+  for (ptrdiff_t r = 0; r < rows; r += kTileRows, a += kTileRows * a_row, c += kTileRows * c_row)
+    multiply_tile<Arithmetic, kVectors>(a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+      EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+        EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+          float* to = c + i * c_row + v * kLanes;
+          store(to, kAdd ? load(to) + accumulator[i][v] : accumulator[i][v]);
+        }
+      }
+    });
+}
+
+// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys.
+template <class Arithmetic>
+EFFATTN_INLINE void multiply_panels(const typename Arithmetic::Word* rows, ptrdiff_t row_pitch, int64_t row_count, const typename Arithmetic::Word* panels,
+    int64_t packed, int64_t first, int64_t count, int64_t depth, float* to) {
+  for (int64_t column = 0; column < count; column += kTileColumns) {
+    const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);
+    const typename Arithmetic::Word* panel = panels + (first + column) * depth;
+    for_each_column_tile(round_up(smaller(kTileColumns, count - column), kLanes) / kLanes, [&](auto vectors, int64_t offset) __attribute__((always_inline)) {
+      multiply_rows<Arithmetic, vectors.value, false>(rows, row_pitch, 1, panel + offset, width, depth, to + column + offset, kTilePitch, row_count);
+    });
+  }
+}
+
+struct RowStatistics {
+  float logsumexp;  // in log2 units; +inf for a row with nothing to attend to, so that P = exp2(-inf) = 0
+  float delta;      // dO . O
+};
+
+inline RowStatistics row_statistics(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rotation) {
+  const int64_t queries = arguments.query.size[2], head_dim = arguments.query.size[3], padded = round_up(head_dim, kLanes), token = row + rotation;
+  alignas(64) float output[kMaxHeadDim], gradient[kMaxHeadDim];
+  row_to_float(output, matrix_at(arguments.output, batch, head, 0, rotation), row, head_dim, padded);
+  row_to_float(gradient, matrix_at(arguments.grad_output, batch, head, 0, rotation), row, head_dim, padded);
+  Vec sum = {};
+  for (int64_t c = 0; c < padded; c += kLanes) sum = fma(load(output + c), load(gradient + c), sum);
+  const float total = arguments.logsumexp[(batch * arguments.query.size[1] + head) * queries + (token < queries ? token : token - queries)] * kLog2E;
+  return {total == -INFINITY ? INFINITY : total, reduce_add(sum)};
+}
+
+// The parameter gradient of families that have none.
+struct NoParameterGradient {
+  static constexpr bool kActive = false;
+  NoParameterGradient() = default;
+  template <class Policy>
+  NoParameterGradient(const Policy&, const NoParameterGradient&) {}
+};
+
+template <class Arithmetic>
+EFFATTN_INLINE void store_pair(typename Arithmetic::Word* to, Vec even, Vec odd) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+      30, 15, 31};
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
+#endif
+}
+
+// Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the slope is scale * log2 e everywhere;
+// using Sink: NoParameterGradient, or one per thread with
+//   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task).
+template <class Arithmetic, class Family>
+class Backward {
+  using Word = typename Arithmetic::Word;
+  using Policy = typename Family::Policy;
+  using Sink = typename Family::Sink;
+  static constexpr int kPair = Arithmetic::kPerWord;
+
+ public:
+  struct Shared {
+    const AttentionBackward& arguments;
+    const AttentionForward& forward;
+    const typename Policy::Arguments& parameters;
+    const typename Family::SinkArguments& sink;
+    KeyChunks chunks;
+    float* chunk_grad_query;  // [key head][batch][chunk][head of the group][padded queries][pitch]; null with one chunk
+  };
+
+  explicit Backward(const Shared& shared)
+      : shared_(shared),
+        arguments_(shared.arguments),
+        policy_(shared.forward, shared.parameters),
+        sink_(policy_, shared.sink),
+        queries_(arguments_.query.size[2]),
+        keys_(arguments_.key.size[2]),
+        head_dim_(arguments_.query.size[3]),
+        depth_(words<Arithmetic>(head_dim_)),
+        row_pitch_(round_up(depth_, kLanes)),
+        pitch_(round_up(head_dim_, kLanes)),
+        padded_queries_(round_up(queries_, kTileRows)) {
+    int64_t longest = 0;
+    for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk) longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
+    BackwardScratch& scratch = backward_scratch();
+    const int64_t transposed = transposed_words<Arithmetic>(longest, head_dim_);
+    keys_transposed_ = scratch.keys.template reserve<Word>(2 * transposed + words<Arithmetic>(longest) * pitch_ + kLanes);
+    values_transposed_ = keys_transposed_ + transposed;
+    keys_natural_ = values_transposed_ + transposed;
+
+    const int64_t rows = padded_queries_ * row_pitch_, natural = kPair == 1 ? 0 : words<Arithmetic>(queries_) * pitch_;
+    query_rows_ = scratch.queries.template reserve<Word>(2 * rows + 2 * natural + 2 * padded_queries_ + kLanes);
+    grad_output_rows_ = query_rows_ + rows;
+    query_natural_ = kPair == 1 ? query_rows_ : grad_output_rows_ + rows;
+    grad_output_natural_ = kPair == 1 ? grad_output_rows_ : query_natural_ + natural;
+    logsumexp_ = reinterpret_cast<float*>(grad_output_rows_ + rows + 2 * natural);
+    delta_ = logsumexp_ + padded_queries_;
+
+    const int64_t key_rows = (longest + kTileRows) * pitch_;
+    grad_key_ = scratch.gradients.template reserve<float>(2 * key_rows + (shared.chunk_grad_query ? 0 : padded_queries_ * pitch_));
+    grad_value_ = grad_key_ + key_rows;
+    key_gradient_floats_ = 2 * key_rows;
+    grad_query_ = grad_value_ + key_rows;
+
+    constexpr int64_t kTile = kBackwardQueries * kTilePitch + kLanes;
+    scores_ = scratch.tiles.template reserve<float>(2 * kTile + (kPair == 1 ? 0 : 3 * kTile));
+    grad_scores_ = scores_ + kTile;
+    if constexpr (kPair == 1) {
+      weights_by_key_ = scores_;
+      grad_scores_by_key_ = grad_scores_by_query_ = grad_scores_;
+    } else {
+      weights_by_key_ = reinterpret_cast<Word*>(grad_scores_ + kTile);
+      grad_scores_by_key_ = weights_by_key_ + kTile;
+      grad_scores_by_query_ = grad_scores_by_key_ + kTile;
+    }
+  }
+
+  static int64_t pitch(const AttentionBackward& arguments) { return round_up(arguments.query.size[3], kLanes); }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t chunks = shared_.chunks.chunks, batches = arguments_.query.size[0];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, batch = task / chunks % batches, key_head = task / chunks / batches;
+      run_task(task, key_head, batch, shared_.chunks.begin(chunk), shared_.chunks.end(chunk));
+    }
+    BackwardScratch& scratch = backward_scratch();
+    scratch.keys.trim();
+    scratch.queries.trim();
+    scratch.gradients.trim();
+  }
+
+ private:
+  void run_task(int64_t task, int64_t key_head, int64_t batch, int64_t first_key, int64_t end_key) {
+    const int64_t rotation = policy_.rotation(), group = arguments_.query.size[1] / arguments_.key.size[1], count = end_key - first_key;
+    const Matrix keys = matrix_at(arguments_.key, batch, key_head, first_key, rotation);
+    pack_transposed<Arithmetic>(keys_transposed_, keys, count, head_dim_);
+    pack_natural<Arithmetic>(keys_natural_, pitch_, keys, count, head_dim_);
+    pack_transposed<Arithmetic>(values_transposed_, matrix_at(arguments_.value, batch, key_head, first_key, rotation), count, head_dim_);
+    memset(grad_key_, 0, key_gradient_floats_ * sizeof(float));
+    first_key_ = first_key;
+    chunk_keys_ = count;
+    if constexpr (Sink::kActive) sink_.begin(task);
+
+    const int64_t query_floats = padded_queries_ * pitch_;
+    for (int64_t member = 0; member < group; ++member) {
+      const int64_t head = key_head * group + member;
+      prepare_queries(batch, head);
+      policy_.enter(batch, head);
+      if (shared_.chunk_grad_query) grad_query_ = shared_.chunk_grad_query + (task * group + member) * query_floats;
+      memset(grad_query_, 0, query_floats * sizeof(float));
+      for (int64_t key = first_key; key < end_key;) {
+        const int64_t block = end_key - key <= kKeyBlock ? end_key - key : kBackwardKeys;
+        for (int64_t row = 0; row < queries_; row += kBackwardQueries) tile_pair(row, smaller(kBackwardQueries, queries_ - row), key, block);
+        key += block;
+      }
+      if (!shared_.chunk_grad_query) {
+        const Matrix to = matrix_at(arguments_.grad_query, batch, head, 0, rotation);
+        for (int64_t r = 0; r < queries_; ++r) store_row(to, r, grad_query_ + r * pitch_, gradient_factor(arguments_), head_dim_);
+      }
+    }
+    const Matrix to_key = matrix_at(arguments_.grad_key, batch, key_head, first_key, rotation);
+    const Matrix to_value = matrix_at(arguments_.grad_value, batch, key_head, first_key, rotation);
+    for (int64_t r = 0; r < count; ++r) {
+      store_row(to_key, r, grad_key_ + r * pitch_, gradient_factor(arguments_), head_dim_);
+      store_row(to_value, r, grad_value_ + r * pitch_, broadcast(1.f), head_dim_);
+    }
+    if constexpr (Sink::kActive) sink_.end(task);
+  }
+
+ public:
+  // What accumulated dS lacks: the tables of multiplying families are in log2 units and hold the scale already.
+  static Vec gradient_factor(const AttentionBackward& arguments) { return broadcast(Family::kMultiplies ? kLn2 : arguments.scale); }
+
+ private:
+  void prepare_queries(int64_t batch, int64_t head) {
+    const int64_t rotation = policy_.rotation();
+    const Matrix query = matrix_at(arguments_.query, batch, head, 0, rotation);
+    const Matrix grad_output = matrix_at(arguments_.grad_output, batch, head, 0, rotation);
+    pack_rows<Arithmetic>(query_rows_, row_pitch_, query, queries_, padded_queries_, head_dim_);
+    pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, grad_output, queries_, padded_queries_, head_dim_);
+    if constexpr (kPair > 1) {
+      pack_natural<Arithmetic>(query_natural_, pitch_, query, queries_, head_dim_);
+      pack_natural<Arithmetic>(grad_output_natural_, pitch_, grad_output, queries_, head_dim_);
+    }
+    for (int64_t r = 0; r < queries_; ++r) {
+      const RowStatistics statistics = row_statistics(arguments_, batch, head, r, rotation);
+      logsumexp_[r] = statistics.logsumexp;
+      delta_[r] = statistics.delta;
+    }
+    for (int64_t r = queries_; r < padded_queries_; ++r) {
+      logsumexp_[r] = INFINITY;
+      delta_[r] = 0.f;
+    }
+  }
+
+  // Both tiles of one block of queries and one of keys, and all five products.
+  void tile_pair(int64_t row, int64_t rows, int64_t key, int64_t block) {
+    const int64_t visible = policy_.key_limit(row + rows - 1) - key;
+    if (visible <= 0) return;
+    // Micro-tiles of 6 keys never run into the next block's keys with columns that this pass has not written: 48 is a multiple of both 6 and kLanes.
+    const int64_t count = smaller(block, round_up(visible, 48));
+    const int64_t padded_rows = round_up(rows, kTileRows), padded_keys = round_up(count, kTileRows), local = key - first_key_;
+    multiply_panels<Arithmetic>(query_rows_ + row * row_pitch_, row_pitch_, padded_rows, keys_transposed_, chunk_keys_, local, count, depth_, scores_);
+    multiply_panels<Arithmetic>(
+        grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, values_transposed_, chunk_keys_, local, count, depth_, grad_scores_);
+    for (int64_t first = 0; first < rows; first += kQueryBlock) {
+      policy_.stage(row + first, smaller(kQueryBlock, rows - first), key, count);
+      for (int64_t r = first; r < smaller(first + kQueryBlock, padded_rows); r += kTileRows) differentiate(row, r, key, count);
+    }
+    const int64_t query_steps = words<Arithmetic>(rows), key_steps = words<Arithmetic>(count);
+    by_natural(weights_by_key_, 1, kTilePitch, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps, grad_value_ + local * pitch_);
+    by_natural(grad_scores_by_key_, 1, kTilePitch, padded_keys, query_natural_ + row / kPair * pitch_, query_steps, grad_key_ + local * pitch_);
+    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_, key_steps,
+        grad_query_ + row * pitch_);
+  }
+
+  // to[rows][head_dim] += A . B
+  void by_natural(const Word* a, ptrdiff_t a_row, ptrdiff_t a_step, int64_t row_count, const Word* b, int64_t steps, float* to) {
+    for_each_column_tile(pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+      multiply_rows<Arithmetic, vectors.value, true>(a, a_row, a_step, b + column, pitch_, steps, to + column, pitch_, row_count);
+    });
+  }
+
+  // S, dP -> P, dS for six rows.
+  void differentiate(int64_t row, int64_t r, int64_t key, int64_t count) {
+    const int64_t vectors = (count + kLanes - 1) / kLanes;
+    const int64_t plain_keys = smaller(policy_.plain_keys(row + r) - key, count);
+    const int64_t plain = plain_keys <= 0 ? 0 : plain_keys / kLanes;
+    if (plain > 0) differentiate_vectors<true>(row, r, key, count, 0, plain);
+    if (plain < vectors) differentiate_vectors<false>(row, r, key, count, plain, vectors);
+  }
+
+  template <bool kPlain>
+  __attribute__((noinline)) void differentiate_vectors(int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last) {
+    const auto tile = policy_.template tile<kPlain>(row + r, key);
+    for (int i = 0; i < kTileRows; i += kPair) {
+      float* scores = scores_ + (r + i) * kTilePitch;
+      float* grad_scores = grad_scores_ + (r + i) * kTilePitch;
+      Vec total[kPair], delta[kPair];
+      int64_t limit[kPair];
+      EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
+        total[p] = broadcast(logsumexp_[row + r + i + p]);
+        delta[p] = broadcast(delta_[row + r + i + p]);
+        limit[p] = smaller(policy_.key_limit(row + r + i + p) - key, count);
+      }
+      for (int64_t v = first; v < last; ++v) {
+        Vec weight[kPair], grad_score[kPair];
+        EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
+          const int64_t at = p * kTilePitch + v * kLanes;
+          const Vec score = load(scores + at);
+          const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i + p, v) : Vec{};
+          Vec logit = Family::kMultiplies ? score * slope : tile.transform(score, i + p, v);
+          if constexpr (!kPlain) logit = select(first_lanes(limit[p] - v * kLanes), logit, broadcast(-INFINITY));
+          weight[p] = exp2<Arithmetic::kExp2Degree>(logit - total[p]);
+          const Vec grad_logit = weight[p] * (load(grad_scores + at) - delta[p]);
+          grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
+          if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
+          if constexpr (Sink::kActive) sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
+          if constexpr (kPair == 1) {
+            store(scores + at, weight[p]);
+            store(grad_scores + at, grad_score[p]);
+          } else {
+            store_float(reinterpret_cast<bfloat16*>(grad_scores_by_query_) + (r + i) * kTilePitch + at, grad_score[p]);
+          }
+        }
+        if constexpr (kPair == 2) {
+          const int64_t at = (r + i) / 2 * kTilePitch + v * kLanes;
+          store_pair<Arithmetic>(weights_by_key_ + at, weight[0], weight[1]);
+          store_pair<Arithmetic>(grad_scores_by_key_ + at, grad_score[0], grad_score[1]);
+        }
+      }
+    }
+  }
+
+  const Shared& shared_;
+  const AttentionBackward& arguments_;
+  Policy policy_;
+  Sink sink_;
+  const int64_t queries_, keys_, head_dim_, depth_, row_pitch_, pitch_, padded_queries_;
+  int64_t first_key_ = 0, chunk_keys_ = 0, key_gradient_floats_ = 0;
+  Word* keys_transposed_;
+  Word* values_transposed_;
+  Word* keys_natural_;
+  Word* query_rows_;
+  Word* grad_output_rows_;
+  Word* query_natural_;
+  Word* grad_output_natural_;
+  Word* weights_by_key_;
+  Word* grad_scores_by_key_;
+  Word* grad_scores_by_query_;
+  float* logsumexp_;
+  float* delta_;
+  float* grad_key_;
+  float* grad_value_;
+  float* grad_query_;
+  float* scores_;
+  float* grad_scores_;
+};
+
+template <class Arithmetic, class Family>
+inline void backward(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters, const KeyChunks& chunks,
+    const typename Family::SinkArguments& sink, const Runtime& runtime) {
+  using Engine = Backward<Arithmetic, Family>;
+  const AttentionForward forward = {
+      arguments.query, arguments.key, arguments.value, arguments.output, const_cast<float*>(arguments.logsumexp), arguments.scale};
+  const int64_t heads = arguments.query.size[1], group = heads / larger(arguments.key.size[1], 1), batches = arguments.query.size[0];
+  const int64_t queries = arguments.query.size[2], padded = round_up(queries, kTileRows), pitch = Engine::pitch(arguments);
+  const int64_t head_tasks = batches * arguments.key.size[1];
+  const double flops = 10.0 * batches * heads * queries * arguments.key.size[2] * arguments.query.size[3];
+
+  Buffer partial;
+  float* partials = chunks.chunks > 1 ? partial.reserve<float>(head_tasks * chunks.chunks * group * padded * pitch) : nullptr;
+  typename Engine::Shared shared = {arguments, forward, parameters, sink, chunks, partials};
+  run_items(runtime, head_tasks * chunks.chunks, flops,
+      [](int64_t begin, int64_t end, void* context) { Engine(*static_cast<typename Engine::Shared*>(context)).run(begin, end); }, &shared);
+  if (!partials) return;
+
+  // Second stage: add the chunks up in order.
+  struct Reduction {
+    const AttentionBackward& arguments;
+    float* partials;
+    int64_t chunks, group, padded, pitch, rotation;
+  } reduction = {arguments, partials, chunks.chunks, group, padded, pitch, typename Family::Policy(forward, parameters).rotation()};
+  run_items(runtime, head_tasks * group, flops,
+      [](int64_t begin, int64_t end, void* context) {
+        const Reduction& r = *static_cast<const Reduction*>(context);
+        const int64_t batches = r.arguments.query.size[0], floats = r.padded * r.pitch;
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t member = item % r.group, head_task = item / r.group, batch = head_task % batches, key_head = head_task / batches;
+          const Matrix to = matrix_at(r.arguments.grad_query, batch, key_head * r.group + member, 0, r.rotation);
+          float* sum = r.partials + (head_task * r.chunks * r.group + member) * floats;
+          for (int64_t row = 0; row < r.arguments.query.size[2]; ++row) {
+            float* at = sum + row * r.pitch;
+            for (int64_t c = 0; c < r.pitch; c += kLanes) {
+              Vec total = load(at + c);
+              for (int64_t chunk = 1; chunk < r.chunks; ++chunk) total += load(at + chunk * r.group * floats + c);
+              store(at + c, total);
+            }
+            store_row(to, row, at, Engine::gradient_factor(r.arguments), r.arguments.query.size[3]);
+          }
+        }
+      },
+      &reduction);
+}
+
+// As forward_any_type.
+template <class Family>
+inline void backward_any_type(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters, const KeyChunks& chunks,
+    const typename Family::SinkArguments& sink, const Runtime& runtime) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+  backward<BFloat16Pair, Family>(arguments, parameters, chunks, sink, runtime);
+#else
+  backward<Float32, Family>(arguments, parameters, chunks, sink, runtime);
+#endif
+}
+
+}  // namespace effattn::EFFATTN_ISA
