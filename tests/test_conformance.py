@@ -60,9 +60,10 @@ def dtype_ids(dtype: torch.dtype) -> str:
 def check(case, backend: str, shape: Shape, dtype: torch.dtype, layouts=None, grad_layout=None, seed: int = 0) -> None:
     require(case.op, backend)
     device = device_of(backend)
-    tensors = case.tensors(shape, dtype, layouts, seed, device)
-    grad_output = case.grad_output(shape, dtype, grad_layout, device)
-    assert_within_budget(case, tensors, case.options(shape), backend, grad_output)
+    options, grad_output = case.options(shape), case.grad_output(shape, dtype, grad_layout, device)
+    assert_within_budget(
+        case, lambda seed: (case.tensors(shape, dtype, layouts, seed, device), options, grad_output), backend, seed
+    )
 
 
 def test_every_registered_operator_has_an_entry():

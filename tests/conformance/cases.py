@@ -36,7 +36,7 @@ class Shape:
     def key_tokens(self) -> int:
         return self.tokens if self.keys is None else self.keys
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # in test names
         keys = "" if self.keys is None else f"x{self.keys}"
         height, width = self.grid
         return f"{self.batch}x{self.heads}x({self.prefix}+{height}*{width}){keys}x{self.head_dim}K{self.gaussians}"
@@ -45,7 +45,7 @@ class Shape:
         return replace(self, **changes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One public operator in one mode of use.
 
@@ -77,6 +77,8 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op}[{self.variant}]" if self.variant else self.op
+
+    __repr__ = __str__
 
     def __call__(self, tensors: dict[str, Tensor], options: dict, backend: str) -> Tensor:
         return self.function(**tensors, **options, backend=backend)
@@ -119,6 +121,11 @@ def _qkv(shape: Shape, generator, kv_heads: int | None = None) -> dict[str, Tens
 
 def _normal(generator, *size) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def _scaled(factor: float | None, shape: Shape) -> dict:
+    """An explicit scale, given as a multiple of the default so that the scores keep their size at every head_dim."""
+    return {} if factor is None else {"scale": factor * shape.head_dim**-0.5}
 
 
 def _square(shape: Shape) -> Shape:
@@ -217,13 +224,13 @@ def _mixture_sample(shape: Shape, generator) -> dict[str, Tensor]:
     return {**_qkv(_square(shape), generator), "alpha": 2 * _normal(generator, *size), "sigma": widths}
 
 
-def _mixture(variant: str, **extra) -> Case:
+def _mixture(variant: str, scale: float | None = None, **extra) -> Case:
     return Case(
         op="gaussian_mixture_attention",
         variant=variant,
         function=effattn.gaussian_mixture_attention,
         sample=_mixture_sample,
-        options=lambda shape: {"grid": shape.grid, "num_prefix_tokens": shape.prefix, **extra},
+        options=lambda shape: {"grid": shape.grid, "num_prefix_tokens": shape.prefix, **_scaled(scale, shape), **extra},
         differentiable=("query", "key", "value", "alpha", "sigma"),
         parameters=("alpha", "sigma"),
         in_float32=("alpha", "sigma") if not variant else (),
@@ -246,7 +253,7 @@ def _masked(variant: str, per_head: bool) -> Case:
         variant=variant,
         function=effattn.masked_product_attention,
         sample=sample,
-        options=lambda shape: {"scale": 0.3} if per_head else {},
+        options=lambda shape: _scaled(0.8 if per_head else None, shape),
         differentiable=("query", "key", "value", "weight"),
         parameters=("weight",),
         in_float32=("weight",) if per_head else (),
@@ -256,7 +263,7 @@ def _masked(variant: str, per_head: bool) -> Case:
     )
 
 
-def _sdpa(variant: str, mask: Callable | None = None, kv_heads: int | None = None, **options) -> Case:
+def _sdpa(variant: str, mask=None, kv_heads: int | None = None, scale: float | None = None, **options) -> Case:
     def sample(shape: Shape, generator):
         heads = shape.heads if kv_heads is None else min(kv_heads, shape.heads)
         tensors = _qkv(shape, generator, heads)
@@ -267,7 +274,7 @@ def _sdpa(variant: str, mask: Callable | None = None, kv_heads: int | None = Non
         variant=variant,
         function=effattn.scaled_dot_product_attention,
         sample=sample,
-        options=lambda shape: options,
+        options=lambda shape: {**_scaled(scale, shape), **options},
         differentiable=("query", "key", "value"),
         formula=formulas.scaled_dot_product_attention,
         flops=_two_products,
@@ -287,13 +294,13 @@ def _additive_mask(shape: Shape, generator) -> Tensor:
 
 
 CASES: dict[str, tuple[Case, ...]] = {
-    "gaussian_mixture_attention": (_mixture(""), _mixture("scaled", scale=0.7, eps=0.5)),
+    "gaussian_mixture_attention": (_mixture(""), _mixture("scaled", scale=1.3, eps=0.5)),
     "masked_product_attention": (_masked("shared", per_head=False), _masked("per_head", per_head=True)),
     "scaled_dot_product_attention": (
         _sdpa(""),
         _sdpa("causal", is_causal=True),
         _sdpa("boolean", mask=_boolean_mask),
-        _sdpa("additive", mask=_additive_mask, scale=0.4),
+        _sdpa("additive", mask=_additive_mask, scale=0.7),
         _sdpa("grouped", kv_heads=1, enable_gqa=True),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,32 +35,71 @@ def in_double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def assert_within_budget(case, tensors: dict[str, Tensor], options: dict, backend: str, grad_output=None) -> None:
-    """max|got - ref| <= factor * max|low - ref| + eps(dtype) * max|ref| for the output and every gradient.
+class Measured(NamedTuple):
+    """Largest errors of one quantity against float64: ours, eager's at the same dtype, and the largest value itself."""
 
-    ref is the float64 reference of the same (rounded) inputs, low the same-dtype eager formula.
-    """
+    error: float
+    low: float
+    largest: float
+    floor: float
+
+    def pooled_with(self, other: Measured) -> Measured:
+        return Measured(*map(max, self, other))
+
+    def budget(self, factor: float, dtype: torch.dtype) -> float:
+        return factor * self.low + torch.finfo(dtype).eps * self.largest + self.floor
+
+
+def measure(case, tensors: dict[str, Tensor], options: dict, backend: str, grad_output=None) -> dict[str, Measured]:
+    """The output and every gradient. ref is the float64 reference of the same (rounded) inputs."""
     got = run(case, tensors, options, backend, grad_output)
     low = run(case, tensors, options, "reference", grad_output)
     exact_grad = None if grad_output is None else grad_output.double()
     ref = run(case, in_double(tensors), options, "reference", exact_grad)
-    query = tensors["query"]
-    assert got.output.shape == query.shape and got.output.dtype == query.dtype
-    assert_close("output", got.output, ref.output, low.output, FORWARD_FACTOR, query.dtype)
+    one_key = exact_grad is not None and tensors["key"].shape[2] == 1
+    floor = _rounding_of_one_key(in_double(tensors), exact_grad) if one_key else 0.0
+
+    def compare(what, ours, eager, exact, like, floor=0.0):
+        assert ours.shape == like.shape and ours.dtype == like.dtype, what
+        assert not ours.isnan().any(), f"{what} has NaN"
+        return Measured(_largest(ours.double() - exact), _largest(eager.double() - exact), _largest(exact), floor)
+
+    found = {"output": compare("output", got.output, low.output, ref.output, tensors["query"])}
     for name, gradient in got.gradients.items():
-        given = tensors[name]
-        assert gradient.shape == given.shape and gradient.dtype == given.dtype, name
-        floor = _rounding_of_one_key(in_double(tensors), exact_grad) if tensors["key"].shape[2] == 1 else 0.0
-        factor, what = GRADIENT_FACTOR, f"gradient of {name}"
-        assert_close(what, gradient, ref.gradients[name], low.gradients[name], factor, query.dtype, floor)
+        found[f"gradient of {name}"] = compare(
+            name, gradient, low.gradients[name], ref.gradients[name], tensors[name], floor
+        )
+    return found
 
 
-def assert_close(what: str, got: Tensor, ref: Tensor, low: Tensor, factor: float, dtype, floor: float = 0.0) -> None:
-    got, low = got.double(), low.double()
-    assert not got.isnan().any(), f"{what} has NaN"
-    budget = factor * _largest(low - ref) + torch.finfo(dtype).eps * _largest(ref) + floor
-    error = _largest(got - ref)
-    assert error <= budget, f"{what}: error {error:.3e} exceeds its budget {budget:.3e} (largest value {_largest(ref):.3e})"
+def assert_within_budget(case, draw: Callable[[int], tuple], backend: str, seed: int = 0) -> None:
+    """max|got - ref| <= factor * max|low - ref| + eps(dtype) * max|ref| for the output and every gradient.
+
+    ``draw(seed)`` gives (tensors, options, grad_output). In a small call max|low - ref| is the rounding of one or two
+    elements, an accident of eager's order of summation; a call that misses its budget is therefore pooled with seven
+    more draws, and the rule holds for the pool. The first draw stays in the pool, so a wrong value stays wrong.
+    """
+    tensors, options, grad_output = draw(seed)
+    dtype = tensors["query"].dtype
+    pool = measure(case, tensors, options, backend, grad_output)
+    if not _over_budget(pool, dtype):
+        return
+    for other in range(seed + 1, seed + 8):
+        again = measure(case, *draw(other)[:2], backend, grad_output)
+        pool = {what: pool[what].pooled_with(again[what]) for what in pool}
+    assert not _over_budget(pool, dtype), "; ".join(_over_budget(pool, dtype))
+
+
+def _over_budget(found: dict[str, Measured], dtype: torch.dtype) -> list[str]:
+    messages = []
+    for what, measured in found.items():
+        budget = measured.budget(FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR, dtype)
+        if not measured.error <= budget:
+            messages.append(
+                f"{what}: error {measured.error:.3e} exceeds its budget {budget:.3e} "
+                f"(eager's error {measured.low:.3e}, largest value {measured.largest:.3e})"
+            )
+    return messages
 
 
 def _rounding_of_one_key(tensors: dict[str, Tensor], grad_output: Tensor) -> float:
