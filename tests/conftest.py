@@ -44,7 +44,9 @@ def pytest_report_header():
     from effattn import _native
 
     interpreted = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
-    return f"effattn: cpu kernels {'loaded' if _native.loaded else _native.problem}; triton {interpreted}; gpu {HAS_GPU}"
+    return (
+        f"effattn: cpu kernels {'loaded' if _native.loaded else _native.problem}; triton {interpreted}; gpu {HAS_GPU}"
+    )
 
 
 @pytest.fixture(autouse=True)

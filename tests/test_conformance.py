@@ -188,7 +188,13 @@ def test_kernels_write_only_inside_their_outputs(case, backend, head_dim):
     require(case.op, backend)
     shape, device = small(backend).with_(head_dim=head_dim), device_of(backend)
     with RecordedCalls() as recorded:
-        run(case, case.tensors(shape, device=device), case.options(shape), backend, case.grad_output(shape, device=device))
+        run(
+            case,
+            case.tensors(shape, device=device),
+            case.options(shape),
+            backend,
+            case.grad_output(shape, device=device),
+        )
     assert [str(op).split("_")[-1] for op, _ in recorded.calls] == ["fwd.default", "bwd.default"]
     for op, args in recorded.calls:
         with GuardedAllocations() as guarded:

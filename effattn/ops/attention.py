@@ -88,14 +88,22 @@ def scaled_dot_product_attention(
         >>> torch.allclose(ours, theirs, atol=1e-5)
         True
     """
+    op = "scaled_dot_product_attention"
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if scale is not None and not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: scale must be a number, got {scale!r}")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        if not hasattr(attn_mask, "attend"):
+            raise TypeError(f"{op}: attn_mask must be a Tensor or a structured mask, got {type(attn_mask).__name__}")
         if is_causal:
-            raise ValueError("scaled_dot_product_attention: is_causal must be False with a structured attn_mask")
+            raise ValueError(f"{op}: is_causal must be False with a structured attn_mask")
         if enable_gqa:
             key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale, backend=backend)
 
-    op = "scaled_dot_product_attention"
     detail = _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     work = -1
     if not detail and not torch.compiler.is_compiling():  # a comparison of sizes would make a graph recompile

@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     logits = scale * query @ key.transpose(-2, -1)
     if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, float("-inf"))
