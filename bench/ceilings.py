@@ -73,12 +73,25 @@ def probe():
 
 @functools.cache
 def measure(threads: int) -> Ceilings:
-    """The ceilings on ``threads`` threads; measured once per process, in under two seconds once the probe is built."""
+    """The ceilings on ``threads`` threads; measured once per process, in about two seconds once the probe is built."""
+    return _measure(threads)
+
+
+def better(first: Ceilings) -> Ceilings:
+    """Measure again and keep the higher of each: what disturbed the machine lowered a ceiling, nothing raises one."""
+    if first.problem:
+        return first
+    again = _measure(first.threads)
+    return first._replace(**{name: max(getattr(first, name), getattr(again, name)) for name in ("copy", *KINDS)})
+
+
+def _measure(threads: int) -> Ceilings:
+    none = dict.fromkeys(KINDS, "")
     try:
         native = probe()
-    except Exception as error:  # whatever a missing compiler, ninja or header makes torch raise
+    except Exception as error:  # noqa: BLE001 - whatever a missing compiler, ninja or header makes torch raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Ceilings(threads, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(KINDS, ""), f"the native probe does not build: {reason}")
+        return Ceilings(threads, 0.0, 0.0, 0.0, 0.0, none, f"the native probe does not build: {reason}")
     source = numpy.ones(COPY_BYTES, dtype=numpy.uint8)
     copy = native.copy_bandwidth(numpy.zeros_like(source), source, threads, REPEATS).max()
     instructions = {kind: native.instruction(kind) for kind in KINDS}

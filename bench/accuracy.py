@@ -1,0 +1,276 @@
+"""The accuracy table: every operator on every backend against the rule that it must keep.
+
+    python -m effattn.bench.accuracy [--backend cpu triton reference] [--output docs/accuracy.md]
+
+With ``ref`` the float64 reference on the same inputs and ``low`` PyTorch's eager formula in the inputs' dtype:
+
+    forward   max|out - ref| <= 2 * max|low - ref| + eps(dtype) * max|ref|
+    backward  the same with factor 3, for every gradient
+
+``used`` is the error over that budget: above 1 the operator is out of its budget, and the tests fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import effattn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORWARD_FACTOR, BACKWARD_FACTOR = 2.0, 3.0
+
+
+class Problem(NamedTuple):
+    """One operator on one shape. ``make`` returns its differentiable tensors by name."""
+
+    operator: str
+    shape: str
+    make: Callable[[torch.dtype], dict[str, Tensor]]
+    call: Callable[..., Tensor]  # call(tensors, backend)
+    reference: Callable[[dict[str, Tensor]], Tensor]
+    small: bool = False  # small enough for Triton's interpreter
+
+
+class Entry(NamedTuple):
+    operator: str
+    backend: str
+    dtype: torch.dtype
+    shape: str
+    tensor: str  # "output" or "grad_<argument>"
+    error: float
+    budget: float
+
+    @property
+    def used(self) -> float:
+        """Error over budget; infinite where a result is not a number."""
+        if not math.isfinite(self.error):
+            return math.inf
+        return self.error / self.budget if self.budget else (0.0 if self.error == 0.0 else math.inf)
+
+
+def _qkv(batch, heads, tokens, head_dim, dtype, generator, kv_heads=None) -> dict[str, Tensor]:
+    def random(h):
+        return torch.randn(batch, h, tokens, head_dim, generator=generator).to(dtype)
+
+    kv_heads = kv_heads or heads
+    return {"query": random(heads), "key": random(kv_heads), "value": random(kv_heads)}
+
+
+def _mixture(batch, heads, grid, prefix, head_dim, gaussians=5, small=False) -> Problem:
+    tokens = prefix + grid[0] * grid[1]
+
+    def make(dtype):
+        generator = torch.Generator().manual_seed(tokens * head_dim)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        tensors["alpha"] = 2 * torch.randn(gaussians, heads, generator=generator)
+        tensors["sigma"] = 10 + 10 * torch.randn(gaussians, heads, generator=generator)
+        return tensors
+
+    def call(t, backend):
+        return effattn.gaussian_mixture_attention(**t, grid=grid, num_prefix_tokens=prefix, backend=backend)
+
+    def reference(t):
+        return effattn.reference.gaussian_mixture_attention(**t, grid=grid, num_prefix_tokens=prefix)
+
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}, grid {grid[0]}x{grid[1]}"
+    return Problem("gaussian_mixture_attention", shape, make, call, reference, small)
+
+
+def _masked_product(batch, heads, tokens, head_dim, small=False) -> Problem:
+    def make(dtype):
+        generator = torch.Generator().manual_seed(tokens * head_dim)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        return {**tensors, "weight": torch.randn(heads, tokens, tokens, generator=generator)}
+
+    def call(t, backend):
+        return effattn.masked_product_attention(**t, backend=backend)
+
+    def reference(t):
+        return effattn.reference.masked_product_attention(**t)
+
+    return Problem("masked_product_attention", f"{batch}x{heads}x{tokens}x{head_dim}", make, call, reference, small)
+
+
+def _attention(batch, heads, tokens, head_dim, kind="", kv_heads=None, small=False) -> Problem:
+    def make(dtype):
+        generator = torch.Generator().manual_seed(tokens * head_dim)
+        return _qkv(batch, heads, tokens, head_dim, dtype, generator, kv_heads)
+
+    def arguments(t) -> dict:
+        generator = torch.Generator().manual_seed(3)
+        if kind == "additive mask":
+            bias = torch.randn(heads, tokens, tokens, generator=generator)
+            return {"attn_mask": bias.to(t["query"].dtype)}
+        if kind == "boolean mask":
+            return {"attn_mask": torch.rand(tokens, tokens, generator=generator) < 0.7}
+        return {"is_causal": kind == "causal"}
+
+    def call(t, backend):
+        return effattn.scaled_dot_product_attention(
+            **t, **arguments(t), enable_gqa=kv_heads is not None, backend=backend
+        )
+
+    def reference(t):
+        return effattn.reference.scaled_dot_product_attention(**t, **arguments(t))
+
+    detail = ", ".join(filter(None, (kind, f"{kv_heads} key heads" if kv_heads else "")))
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}{', ' + detail if detail else ''}"
+    return Problem("scaled_dot_product_attention", shape, make, call, reference, small)
+
+
+PROBLEMS = (
+    _mixture(1, 2, (5, 3), 1, 8, gaussians=3, small=True),
+    _mixture(2, 3, (8, 8), 0, 16),
+    _mixture(2, 3, (14, 14), 1, 64),
+    _mixture(1, 2, (17, 23), 0, 80),
+    _mixture(1, 2, (32, 32), 0, 64),
+    _masked_product(1, 2, 15, 8, small=True),
+    _masked_product(2, 3, 197, 64),
+    _attention(1, 2, 15, 8, small=True),
+    _attention(1, 2, 15, 8, "causal", small=True),
+    _attention(2, 3, 197, 64),
+    _attention(1, 2, 1024, 64),
+    _attention(2, 3, 197, 64, "additive mask"),
+    _attention(2, 3, 197, 64, "boolean mask"),
+    _attention(2, 4, 197, 64, "causal", kv_heads=2),
+)
+
+
+def measure(
+    backend: str = "cpu",
+    *,
+    operators: Iterable[str] = (),
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    problems: Iterable[Problem] = PROBLEMS,
+) -> list[Entry]:
+    """Error and budget of the output and of every gradient, for each problem and dtype.
+
+    Args:
+        backend: which one to measure. "triton" without a GPU runs in the interpreter (``TRITON_INTERPRET=1``), on the
+            small problems only.
+        operators: names of public functions; all by default.
+        dtypes: of query, key and value. Parameters stay float32.
+        problems: what to measure; :data:`PROBLEMS` by default.
+
+    Raises:
+        NotImplementedError: the backend cannot serve a problem.
+    """
+    operators = tuple(operators)
+    device = "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    entries = []
+    for problem in problems:
+        if operators and problem.operator not in operators:
+            continue
+        if backend == "triton" and device == "cpu" and not problem.small:
+            continue
+        for dtype in dtypes:
+            entries += _measure(problem, backend, dtype, device)
+    return entries
+
+
+def _measure(problem: Problem, backend: str, dtype: torch.dtype, device: str) -> list[Entry]:
+    tensors = problem.make(dtype)
+    generator = torch.Generator().manual_seed(5)
+    grad_output = torch.randn(tensors["query"].shape, generator=generator).to(dtype)
+    exact = _results(problem.reference, {n: t.double() for n, t in tensors.items()}, grad_output.double())
+    low = _results(problem.reference, tensors, grad_output)
+    on_device = {n: t.to(device) for n, t in tensors.items()}
+    ours = _results(lambda t: problem.call(t, backend), on_device, grad_output.to(device))
+    epsilon, entries = torch.finfo(dtype).eps, []
+    for name, expected in exact.items():
+        factor = FORWARD_FACTOR if name == "output" else BACKWARD_FACTOR
+        budget = factor * _distance(low[name], expected) + epsilon * expected.abs().max().item()
+        error = _distance(ours[name], expected)
+        entries.append(Entry(problem.operator, backend, dtype, problem.shape, name, error, budget))
+    return entries
+
+
+def _results(function, tensors: dict[str, Tensor], grad_output: Tensor) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    output = function(leaves)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
+    return {"output": output.detach(), **{f"grad_{name}": g for name, g in zip(leaves, gradients)}}
+
+
+def _distance(tensor: Tensor, expected: Tensor) -> float:
+    return (tensor.cpu().double() - expected).abs().max().item()
+
+
+def markdown(entries: list[Entry]) -> str:
+    """The committed page: one line per operator, shape and dtype, the gradient that uses most of its budget named."""
+    backends = sorted({entry.backend for entry in entries})
+    lines = [
+        "# Accuracy",
+        "",
+        "Written by `make accuracy` (`python -m effattn.bench.accuracy`); the tests fail when an operator leaves its budget.",
+        "",
+        "With `ref` the float64 reference on the same inputs and `low` the eager PyTorch formula in the inputs' dtype, the budget",
+        "is `2 * max|low - ref| + eps(dtype) * max|ref|` for the output and the same with factor 3 for every gradient. `used` is",
+        "the error over the budget; 100 % is the limit. Of the gradients the one that uses most is shown.",
+        "",
+        f"Measured on {datetime.date.today()} with torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"backends: {', '.join(backends)}. Shapes are B x H x N x D.",
+    ]
+    for backend in backends:
+        lines += [
+            "",
+            f"## {backend}",
+            "",
+            "| operator | shape | dtype | output error | budget | used | worst gradient | error | budget | used |",
+            "| --- | --- | --- | --: | --: | --: | --- | --: | --: | --: |",
+        ]
+        groups: dict[tuple, list[Entry]] = {}
+        for entry in entries:
+            if entry.backend == backend:
+                groups.setdefault((entry.operator, entry.shape, entry.dtype), []).append(entry)
+        for (operator, shape, dtype), group in groups.items():
+            output = next(entry for entry in group if entry.tensor == "output")
+            worst = max((entry for entry in group if entry.tensor != "output"), key=lambda entry: entry.used)
+            lines.append(
+                f"| `{operator}` | {shape} | {str(dtype).removeprefix('torch.')} | {_numbers(output)} "
+                f"| {worst.tensor.removeprefix('grad_')} | {_numbers(worst)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(entry: Entry) -> str:
+    return f"{entry.error:.1e} | {entry.budget:.1e} | {entry.used:.0%}"
+
+
+def main() -> int:
+    from .report import write_atomically
+
+    parser = argparse.ArgumentParser(prog="python -m effattn.bench.accuracy", description="Write the accuracy table.")
+    parser.add_argument("--backend", nargs="+", default=["cpu"], choices=("cpu", "triton", "cuda", "reference"))
+    parser.add_argument("--output", default="docs/accuracy.md")
+    options = parser.parse_args()
+    if "triton" in options.backend and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    entries = [entry for backend in options.backend for entry in measure(backend)]
+    page = markdown(entries)
+
+    def write(name: str) -> None:
+        with open(name, "w") as file:
+            file.write(page)
+
+    write_atomically(options.output, write)
+    outside = [entry for entry in entries if entry.used > 1]
+    for entry in outside:
+        dtype = str(entry.dtype).removeprefix("torch.")
+        print(
+            f"out of budget: {entry.operator} {entry.shape} {dtype} {entry.backend} {entry.tensor} uses {entry.used:.2f}"
+        )
+    print(f"{options.output}: {len(entries)} errors, {len(outside)} out of budget")
+    return 1 if outside else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""The figures that the project promises, beside what was measured.
+
+``python -m effattn bench --asked`` measures every shape that has one and prints pass or miss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import memory
+from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
+from .overhead import STOCK
+
+MIXTURE = "gaussian_mixture"
+
+
+class Figure(NamedTuple):
+    what: str
+    bound: float
+    measured: float | None  # None: this run did not measure it
+    at_most: bool
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def figures(report) -> list[Figure]:
+    """Every promised figure, from a ``report.Report``."""
+    from .report import SHORT
+
+    rows = {
+        (r.family, r.case.operator, r.case.shape, r.dtype, r.direction): r for r in report.rows if not r.case.photograph
+    }
+    threads = report.ceilings.threads
+
+    def speedup(operator, shape, dtype, direction, peer) -> float | None:
+        family = MIXTURE if operator == MIXTURE else "attention"
+        row = rows.get((family, operator, shape, dtype, direction))
+        return row.ratio(peer) if row else None
+
+    def inverse(ratio: float | None) -> float | None:
+        return 1 / ratio if ratio else None
+
+    found = []
+    shapes = [case.shape for case in families()[MIXTURE].cases if case.asked]
+    _, middle, large = shapes
+    for dtype, bounds in ((torch.float32, (0.9, 0.9, 0.8)), (torch.bfloat16, (0.65, 0.65, 0.5))):
+        name = SHORT[dtype]
+        for shape, bound in zip(shapes, bounds):
+            n = shape[2]
+            time = inverse(speedup(MIXTURE, shape, dtype, FORWARD, UNMASKED))
+            found.append(Figure(f"mixture forward {name}, N={n}: time over unmasked SDPA", bound, time, True))
+            time = inverse(speedup(MIXTURE, shape, dtype, BACKWARD, UNMASKED))
+            found.append(Figure(f"mixture forward+backward {name}, N={n}: time over unmasked SDPA", 1.0, time, True))
+            for peer in ("torch.compile", "flex"):
+                ratio = speedup(MIXTURE, shape, dtype, FORWARD, peer)
+                found.append(Figure(f"mixture forward {name}, N={n}: faster than {peer} by", 1.0, ratio, False))
+            ratio = speedup(MIXTURE, shape, dtype, BACKWARD, "torch.compile")
+            found.append(
+                Figure(f"mixture forward+backward {name}, N={n}: faster than torch.compile by", 1.0, ratio, False)
+            )
+        ratio = speedup(MIXTURE, large, dtype, FORWARD, "eager")
+        found.append(Figure(f"mixture forward {name}, N={large[2]}: faster than eager by", 6.0, ratio, False))
+        plain = 1.3 if dtype == torch.float32 else 2.0
+        for shape in (middle, large):
+            ratio = speedup("plain", shape, dtype, FORWARD, "torch sdpa")
+            found.append(
+                Figure(f"plain SDPA forward {name}, N={shape[2]}: faster than torch's by", plain, ratio, False)
+            )
+            ratio = speedup("additive mask", shape, dtype, FORWARD, "torch sdpa")
+            found.append(
+                Figure(f"additive mask forward {name}, N={shape[2]}: faster than torch's by", 4.0, ratio, False)
+            )
+    found += _memory_figures(threads)
+    extra = None
+    if report.overhead_us:
+        ours = max(us for name, us in report.overhead_us.items() if name != STOCK)
+        extra = ours - report.overhead_us[STOCK]
+    found.append(Figure("call on 1x1x16x16: above F.scaled_dot_product_attention", 15.0, extra, True, "us"))
+    found.append(Figure("import of effattn after torch", 50.0, report.import_ms, True, "ms"))
+    return found
+
+
+def _memory_figures(threads: int) -> list[Figure]:
+    """Extra memory at the largest shape over one fp32 tensor of query's size: O(N) is a small constant, whatever N.
+
+    Measured in a process of its own. One N x N matrix per head would be N / D = 64 of these at N = 4096.
+    """
+    case = next(c for c in reversed(families()[MIXTURE].cases) if c.asked)
+    unit = 4.0 * case.batch * case.heads * case.tokens * case.head_dim
+    found = []
+    for direction, bound in ((FORWARD, 4.0), (BACKWARD, 12.0)):
+        peak = memory.in_own_process(MIXTURE, case, "float32", direction, OURS, threads)
+        what = f"extra memory, {'forward' if direction == FORWARD else 'forward+backward'} fp32, N={case.tokens}: over query's size"
+        found.append(Figure(what, bound, None if peak is None else peak / unit, True))
+    return found
+
+
+def table(found: list[Figure]) -> str:
+    lines = [f"{'asked figure':<74}{'bound':>12}{'measured':>12}"]
+    for figure in found:
+        bound = f"{'<=' if figure.at_most else '>='} {figure.bound:g} {figure.unit}"
+        measured = "-" if figure.measured is None else f"{figure.measured:.2f} {figure.unit}"
+        verdict = {True: "pass", False: "MISS", None: "not measured"}[figure.met]
+        lines.append(f"{figure.what:<74}{bound:>12}{measured:>12}   {verdict}")
+    met = [figure.met for figure in found]
+    lines.append(f"{met.count(True)} pass, {met.count(False)} miss, {met.count(None)} not measured")
+    return "\n".join(lines)

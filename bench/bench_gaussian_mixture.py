@@ -1,0 +1,157 @@
+"""Gaussian-mixture-mask attention and its free-mask variant against every peer.
+
+    O = softmax((scale * Q K^T) * M) V
+
+No stock attention multiplies logits, so the dense peers are the published formula (M materialised), torch.compile of
+it, and FlexAttention with a score_mod. In inference M does not change: the peers get it precomputed (with the scale
+folded in) while ours derives it from alpha and sigma at every call; in training all have to derive it.
+"""
+
+from __future__ import annotations
+
+import torch
+from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, flex, scores, unmasked_sdpa
+
+import effattn
+from effattn.reference import mixture_mask
+
+GAUSSIANS = 5  # K, the published default
+
+
+def _mixture_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    published = {
+        "alpha": 2 * torch.randn(GAUSSIANS, case.heads, generator=generator),
+        "sigma": 10 + 10 * torch.randn(GAUSSIANS, case.heads, generator=generator),
+    }
+    parameters = {name: tensor.to(device) for name, tensor in published.items()}
+    return Inputs(*case.qkv(dtype, device), parameters, {})
+
+
+def _free_mask_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(case.heads, case.tokens, case.tokens, generator=generator).to(dtype).to(device)
+    return Inputs(*case.qkv(dtype, device), {"weight": weight}, {})
+
+
+def _mask(case: Case, inputs: Inputs) -> torch.Tensor:
+    """M in float32 from alpha and sigma, (H, N, N), or the free mask as it is; differentiable."""
+    if case.operator == "masked_product":
+        return inputs.parameters["weight"]
+    alpha, sigma = inputs.parameters["alpha"], inputs.parameters["sigma"]
+    return mixture_mask(alpha, sigma, case.grid, case.num_prefix_tokens)
+
+
+def _heads(case: Case, inputs: Inputs):
+    """One head's inputs at a time: K x H x N x N intermediates of the formula do not fit every machine."""
+    for h in range(case.heads):
+        q, k, v = (t[:, h : h + 1] for t in inputs[:3])
+        if case.operator == "masked_product":
+            parameters = {"weight": inputs.parameters["weight"][h : h + 1]}
+        else:
+            parameters = {name: t[:, h : h + 1] for name, t in inputs.parameters.items()}
+        yield Inputs(q, k, v, parameters, {})
+
+
+@torch.no_grad()
+def _precomputed_mask(case: Case, inputs: Inputs) -> torch.Tensor:
+    return torch.cat([_mask(case, head) for head in _heads(case, inputs)])
+
+
+@torch.no_grad()
+def _reference(case: Case, inputs: Inputs) -> torch.Tensor:
+    outputs = []
+    for q, k, v, parameters, _ in _heads(case, inputs):
+        if case.operator == "masked_product":
+            outputs.append(effattn.reference.masked_product_attention(q, k, v, **parameters))
+        else:
+            outputs.append(
+                effattn.reference.gaussian_mixture_attention(
+                    q, k, v, **parameters, grid=case.grid, num_prefix_tokens=case.num_prefix_tokens
+                )
+            )
+    return torch.cat(outputs, 1)
+
+
+def _ours(case: Case, inputs: Inputs, training: bool) -> Call:
+    q, k, v, parameters, _ = inputs
+    if case.operator == "masked_product":
+        return lambda: effattn.masked_product_attention(q, k, v, parameters["weight"])
+    alpha, sigma, prefix = parameters["alpha"], parameters["sigma"], case.num_prefix_tokens
+    return lambda: effattn.gaussian_mixture_attention(q, k, v, alpha, sigma, case.grid, num_prefix_tokens=prefix)
+
+
+def _formula(case: Case, inputs: Inputs):
+    """The training step's forward: M from its parameters, nothing in place."""
+    scale = case.head_dim**-0.5
+
+    def attend(query, key, value):
+        mask = (scale * _mask(case, inputs)).to(query.dtype)
+        return (scores(query, key) * mask).softmax(-1) @ value
+
+    return attend
+
+
+def _eager(case: Case, inputs: Inputs, training: bool) -> Call:
+    q, k, v = inputs[:3]
+    if training:
+        attend = _formula(case, inputs)
+        return lambda: attend(q, k, v)
+    mask = (case.head_dim**-0.5 * _precomputed_mask(case, inputs)).to(q.dtype)
+    return lambda: scores(q, k).mul_(mask).softmax(-1) @ v
+
+
+def _compiled(case: Case, inputs: Inputs, training: bool) -> Call:
+    q, k, v = inputs[:3]
+    if training:
+        attend = compiled(_formula(case, inputs))
+        return lambda: attend(q, k, v)
+    mask = (case.head_dim**-0.5 * _precomputed_mask(case, inputs)).to(q.dtype)
+    attend = compiled(lambda query, key, value, mask: (scores(query, key) * mask).softmax(-1) @ value)
+    return lambda: attend(q, k, v, mask)
+
+
+def _flex(case: Case, inputs: Inputs, training: bool) -> Call:
+    # Faster than computing the mixture inside score_mod, and in float32 as fast as in bfloat16 and more exact.
+    mask = _precomputed_mask(case, inputs).float().contiguous()
+    return flex(inputs, lambda score, b, h, i, j: score * mask[h, i, j])
+
+
+def _dense_memory(case: Case, training: bool) -> float:
+    """Score-sized tensors alive at once; training keeps every Gaussian of the mixture, a few times."""
+    mixture = 4 * GAUSSIANS * case.heads if training and case.operator == "gaussian_mixture" else 0
+    return 4.0 * case.tokens**2 * (mixture + 5 * case.batch * case.heads)
+
+
+CONTENDERS = (
+    Contender(OURS, _ours),
+    Contender("eager", _eager, memory=_dense_memory),
+    Contender("torch.compile", _compiled, compiles=True, memory=_dense_memory),
+    Contender("flex", _flex, trains=False, compiles=True, why_not=NO_FLEX_BACKWARD),
+    unmasked_sdpa,
+)
+
+FAMILY = Family(
+    "gaussian_mixture",
+    operators={
+        "gaussian_mixture": Operator(_mixture_inputs, _reference, CONTENDERS),
+        "masked_product": Operator(_free_mask_inputs, _reference, CONTENDERS),
+    },
+    cases=(
+        Case("gaussian_mixture", 8, 12, 197, 64, "ViT-B/16 at 224", (14, 14), 1, asked=True, quick=True, trained=True),
+        Case("gaussian_mixture", 1, 12, 1024, 64, "", (32, 32), asked=True, quick=True),
+        Case("gaussian_mixture", 1, 8, 4096, 64, "1024 pixels", (64, 64), asked=True, quick=True),
+        Case("gaussian_mixture", 8, 12, 197, 64, "photographs", (14, 14), 1, photograph=True, quick=True),
+        Case("gaussian_mixture", 1, 12, 1024, 64, "photographs", (32, 32), photograph=True),
+        Case("gaussian_mixture", 1, 8, 4096, 64, "photographs", (64, 64), photograph=True),
+        Case("gaussian_mixture", 4, 12, 577, 64, "ViT-B/16 at 384", (24, 24), 1),
+        Case("gaussian_mixture", 64, 12, 64, 16, "Tiny-ImageNet", (8, 8)),
+        Case("masked_product", 8, 12, 197, 64, "", quick=True),
+        Case("masked_product", 1, 12, 1024, 64),
+    ),
+)
+
+
+def test_gaussian_mixture(timed_call):
+    timed_call()

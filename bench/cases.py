@@ -1,0 +1,147 @@
+"""What is measured: families, their cases, and for each case our operator and every peer on the same inputs.
+
+A family is one file ``bench_<family>.py`` beside this one that defines ``FAMILY``; it is found by its name. A case is
+one shape with its inputs; a contender is one way of computing it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import photographs
+
+OURS = "effattn"
+UNMASKED = "unmasked sdpa"
+FORWARD, BACKWARD = "forward", "backward"
+
+
+class Inputs(NamedTuple):
+    """Tensors of one case in one dtype. ``parameters`` are what else the operator is differentiable in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    parameters: dict[str, Tensor]
+    fixed: dict[str, Tensor]  # dense masks and the like, never differentiated
+
+    def leaves(self, *, gradients: bool) -> Inputs:
+        """The same values as fresh autograd leaves, keeping every stride."""
+        q, k, v = (t.detach().requires_grad_(gradients) for t in self[:3])
+        parameters = {name: t.detach().clone().requires_grad_(gradients) for name, t in self.parameters.items()}
+        return Inputs(q, k, v, parameters, self.fixed)
+
+    def double(self) -> Inputs:
+        """The values as stored, in float64."""
+        q, k, v = (t.detach().double() for t in self[:3])
+        groups = (
+            {name: t.detach().double() if t.is_floating_point() else t for name, t in g.items()} for g in self[3:]
+        )
+        return Inputs(q, k, v, *groups)
+
+
+Call = Callable[[], Tensor]
+
+
+class Contender(NamedTuple):
+    """One way to compute a case: ``prepare(case, inputs, training)`` returns the call that is timed.
+
+    Whatever a user would do once (compile, or in inference precompute a mask) is done by ``prepare``.
+    """
+
+    name: str
+    prepare: Callable[[Case, Inputs, bool], Call]
+    trains: bool = True  # has a backward pass on CPU
+    exact: bool = True  # computes the case, and not something simpler that serves as a ceiling
+    compiles: bool = False  # takes seconds to prepare
+    why_not: str = ""  # why there is no backward pass
+    memory: Callable[[Case, bool], float] = lambda case, training: 0.0  # bytes it is known to need, if many
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operator.
+
+    ``asked`` marks a shape whose figures the project promises, ``quick`` one that ``--quick`` measures forward and
+    ``trained`` one that it also measures backward.
+    """
+
+    operator: str
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    label: str = ""
+    grid: tuple[int, int] = ()
+    num_prefix_tokens: int = 0
+    photograph: bool = False
+    asked: bool = False
+    quick: bool = False
+    trained: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.tokens, self.head_dim
+
+    @property
+    def name(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}{' ' + self.label if self.label else ''}"
+
+    def qkv(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of photographs in the packed layout that a model's qkv projection leaves, or random contiguous ones."""
+        generator = torch.Generator().manual_seed(0)
+        if self.photograph:
+            return photographs.query_key_value(*self.shape, self.grid, self.num_prefix_tokens, generator, dtype, device)
+        return tuple(torch.randn(self.shape, generator=generator).to(dtype).to(device) for _ in range(3))
+
+
+class Operator(NamedTuple):
+    """What a case of this operator is made of and how it is computed."""
+
+    inputs: Callable[[Case, torch.dtype, str], Inputs]
+    reference: Callable[[Case, Inputs], Tensor]  # the specification in any dtype, one head at a time to save memory
+    contenders: tuple[Contender, ...]
+    density: Callable[[Case], float] = lambda case: 1.0  # share of the score matrix that has to be computed
+
+
+class Family(NamedTuple):
+    name: str
+    operators: dict[str, Operator]
+    cases: tuple[Case, ...]
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family that has a file ``bench_<family>.py``."""
+    folder = str(Path(__file__).parent)
+    modules = sorted(m.name for m in pkgutil.iter_modules([folder]) if m.name.startswith("bench_"))
+    found = (importlib.import_module(f"{__package__}.{name}").FAMILY for name in modules)
+    return {family.name: family for family in found}
+
+
+def flops(family: Family, case: Case, direction: str) -> float:
+    """Two matrix products forward; five more backward, for scores are recomputed. A multiply-add is two."""
+    forward = 4.0 * case.batch * case.heads * case.tokens**2 * case.head_dim
+    forward *= family.operators[case.operator].density(case)
+    return forward if direction == FORWARD else 3.5 * forward
+
+
+def bytes_moved(inputs: Inputs, direction: str) -> float:
+    """Least traffic: each input read once and each result written once; a training step also re-reads what it saved."""
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    tensors, parameters, fixed = size(inputs[:3]), size(inputs.parameters.values()), size(inputs.fixed.values())
+    output = inputs.query.numel() * inputs.query.element_size()
+    forward = tensors + parameters + fixed + output
+    # Backward reads inputs, output and its gradient, and writes the gradients of the inputs.
+    return forward if direction == FORWARD else 2 * forward + output + tensors + parameters

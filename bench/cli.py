@@ -1,0 +1,131 @@
+"""``python -m effattn bench``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from . import asked, ceilings, overhead, photographs, report
+from .cases import BACKWARD, FORWARD, Case, Family, families
+from .load import ForeignLoad
+from .progress import Progress
+from .runner import FULL, QUICK, run_row, warm_up
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIRECTIONS = {"forward": (FORWARD,), "backward": (BACKWARD,), "both": (FORWARD, BACKWARD)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m effattn bench",
+        description="Measure effattn against every peer: medians of interleaved runs, shares of the machine's ceilings.",
+    )
+    parser.add_argument("family", nargs="*", help=f"of {', '.join(families())}; default all")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32 bfloat16")
+    parser.add_argument(
+        "--direction", nargs="+", choices=DIRECTIONS, help="backward is forward + backward; default both"
+    )
+    parser.add_argument("--quick", action="store_true", help="a subset of all families in under 5 minutes on 2 cores")
+    parser.add_argument(
+        "--asked", action="store_true", help="the shapes that have a promised figure, each with pass or miss"
+    )
+    parser.add_argument("--case", metavar="TEXT", help="only cases whose operator or name contains TEXT")
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=(), help="only these contenders")
+    parser.add_argument("--json", metavar="FILE", help="write the results (atomically)")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture of the ratios (PNG)")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.family if name not in families()]
+    if unknown:
+        parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(families())}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    chosen = [families()[name] for name in options.family] or list(families().values())
+    plan = list(_plan(chosen, options))
+    if not plan:
+        parser.error("no case fits these options")
+    if photographs.missing():
+        print(f"cases on photographs are left out: {photographs.missing()}", file=sys.stderr)
+    torch.set_num_threads(options.threads)
+    found = _measure(plan, options)
+    print(report.table(found))
+    figures = []
+    if options.asked:
+        figures = asked.figures(found)
+        print("\n" + asked.table(figures))
+    if not found.complete:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    if options.json:
+        report.write_json(found, options.json)
+    if options.plot:
+        from . import plot
+
+        report.write_atomically(options.plot, lambda name: plot.draw(report.as_json(found), name))
+    return 1 if any(figure.met is False for figure in figures) else 0
+
+
+def _plan(chosen: list[Family], options) -> Iterator[tuple[Family, Case, torch.dtype, str]]:
+    names = options.direction or ["both"]
+    wanted = dict.fromkeys(direction for name in names for direction in DIRECTIONS[name])
+    for family in chosen:
+        cases = [case for case in family.cases if _included(case, options)]
+        for operator in family.operators:
+            for direction in wanted:
+                for dtype in options.dtype or ("float32", "bfloat16"):
+                    for case in cases:
+                        if case.operator != operator:
+                            continue
+                        # Unless asked for by name, the quick set trains few shapes.
+                        if options.quick and direction == BACKWARD and not (case.trained or options.direction):
+                            continue
+                        yield family, case, DTYPES[dtype], direction
+
+
+def _included(case: Case, options) -> bool:
+    if (options.quick and not case.quick) or (options.asked and not case.asked):
+        return False
+    if case.photograph and photographs.missing():
+        return False
+    return not options.case or options.case in f"{case.operator} {case.name}"
+
+
+def _measure(plan, options) -> report.Report:
+    """Run the plan; Ctrl-C ends it and keeps what is done for the printed table."""
+    about = report.machine(options.device, options.threads)
+    limits = ceilings.Ceilings(options.threads, 0, 0, 0, 0, dict.fromkeys(ceilings.KINDS, ""), "not measured on CUDA")
+    rows, overheads, import_ms, complete = [], {}, None, False
+    load = ForeignLoad()
+    try:
+        if options.device == "cpu":
+            limits = ceilings.measure(options.threads)
+            overheads, import_ms = overhead.call_overhead(), overhead.import_time(3 if options.quick else 7)
+        warm_up(options.device)
+        with Progress(len(plan)) as progress:
+            for family, case, dtype, direction in plan:
+                progress.row(f"{case.operator} {case.name} {report.SHORT[dtype]} {direction}")
+                effort = QUICK if options.quick else FULL
+                rows.append(
+                    run_row(
+                        family, case, dtype, direction, effort,
+                        device=options.device, only=options.only, progress=progress.step,
+                    )
+                )  # fmt: skip
+                progress.row_done()
+        limits = ceilings.better(limits)
+        complete = True
+    except KeyboardInterrupt:
+        pass
+    return report.Report(about, limits, rows, overheads, import_ms, complete, load.cores())
