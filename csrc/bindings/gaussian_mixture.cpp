@@ -9,6 +9,7 @@ GaussianMixture mixture_of(
   STD_TORCH_CHECK(grid_h >= 0 && grid_w >= 0 && num_prefix_tokens >= 0 && grid_h * grid_w + num_prefix_tokens == tokens, "grid and prefix do not cover ",
       tokens, " tokens");
   const int64_t gaussians = alpha.size(0);
+  if (grid_h == 0 || grid_w == 0) grid_h = grid_w = 0;  // only prefix tokens: 2 h - 1 rows of differences would be -1
   return {
       float_parameter(alpha, gaussians, heads, "alpha"), float_parameter(sigma, gaussians, heads, "sigma"), gaussians, grid_h, grid_w, num_prefix_tokens, eps};
 }
