@@ -24,15 +24,12 @@ def _arguments(case: Case, inputs: Inputs) -> dict:
     return {"attn_mask": inputs.fixed.get("attn_mask"), "is_causal": case.operator == "causal"}
 
 
-@torch.no_grad()
-def _reference(case: Case, inputs: Inputs) -> torch.Tensor:
+def _reference(case: Case, inputs: Inputs, head: int) -> torch.Tensor:
     arguments = _arguments(case, inputs)
-    mask, outputs = arguments.pop("attn_mask"), []
-    for h in range(case.heads):
-        q, k, v = (t[:, h : h + 1] for t in inputs[:3])
-        bias = None if mask is None else mask[:, h : h + 1]
-        outputs.append(effattn.reference.scaled_dot_product_attention(q, k, v, bias, **arguments))
-    return torch.cat(outputs, 1)
+    if arguments["attn_mask"] is not None:
+        arguments["attn_mask"] = arguments["attn_mask"][:, head : head + 1]
+    one_head = (tensor[:, head : head + 1] for tensor in inputs[:3])
+    return effattn.reference.scaled_dot_product_attention(*one_head, **arguments)
 
 
 def _ours(case: Case, inputs: Inputs, training: bool) -> Call:

@@ -43,35 +43,28 @@ def _mask(case: Case, inputs: Inputs) -> torch.Tensor:
     return mixture_mask(alpha, sigma, case.grid, case.num_prefix_tokens)
 
 
-def _heads(case: Case, inputs: Inputs):
-    """One head's inputs at a time: K x H x N x N intermediates of the formula do not fit every machine."""
-    for h in range(case.heads):
-        q, k, v = (t[:, h : h + 1] for t in inputs[:3])
-        if case.operator == "masked_product":
-            parameters = {"weight": inputs.parameters["weight"][h : h + 1]}
-        else:
-            parameters = {name: t[:, h : h + 1] for name, t in inputs.parameters.items()}
-        yield Inputs(q, k, v, parameters, {})
+def _head(case: Case, inputs: Inputs, head: int) -> Inputs:
+    """One head's inputs: the formula's K x H x N x N intermediates do not fit every machine."""
+    one = slice(head, head + 1)
+    if case.operator == "masked_product":
+        parameters = {"weight": inputs.parameters["weight"][one]}
+    else:
+        parameters = {name: tensor[:, one] for name, tensor in inputs.parameters.items()}
+    return Inputs(*(tensor[:, one] for tensor in inputs[:3]), parameters, {})
 
 
 @torch.no_grad()
 def _precomputed_mask(case: Case, inputs: Inputs) -> torch.Tensor:
-    return torch.cat([_mask(case, head) for head in _heads(case, inputs)])
+    return torch.cat([_mask(case, _head(case, inputs, head)) for head in range(case.heads)])
 
 
-@torch.no_grad()
-def _reference(case: Case, inputs: Inputs) -> torch.Tensor:
-    outputs = []
-    for q, k, v, parameters, _ in _heads(case, inputs):
-        if case.operator == "masked_product":
-            outputs.append(effattn.reference.masked_product_attention(q, k, v, **parameters))
-        else:
-            outputs.append(
-                effattn.reference.gaussian_mixture_attention(
-                    q, k, v, **parameters, grid=case.grid, num_prefix_tokens=case.num_prefix_tokens
-                )
-            )
-    return torch.cat(outputs, 1)
+def _reference(case: Case, inputs: Inputs, head: int) -> torch.Tensor:
+    q, k, v, parameters, _ = _head(case, inputs, head)
+    if case.operator == "masked_product":
+        return effattn.reference.masked_product_attention(q, k, v, **parameters)
+    return effattn.reference.gaussian_mixture_attention(
+        q, k, v, **parameters, grid=case.grid, num_prefix_tokens=case.num_prefix_tokens
+    )
 
 
 def _ours(case: Case, inputs: Inputs, training: bool) -> Call:

@@ -107,9 +107,16 @@ class Operator(NamedTuple):
     """What a case of this operator is made of and how it is computed."""
 
     inputs: Callable[[Case, torch.dtype, str], Inputs]
-    reference: Callable[[Case, Inputs], Tensor]  # the specification in any dtype, one head at a time to save memory
+    reference: Callable[[Case, Inputs, int], Tensor]  # one head of the specification, (B, 1, N, D), in any dtype
     contenders: tuple[Contender, ...]
     density: Callable[[Case], float] = lambda case: 1.0  # share of the score matrix that has to be computed
+
+    def expected(self, case: Case, inputs: Inputs) -> tuple[list[int], Tensor]:
+        """Heads to compare and what they should be, in float64; of long inputs the first and the last head."""
+        heads = list(range(case.heads)) if case.tokens <= 1024 else sorted({0, case.heads - 1})
+        with torch.no_grad():
+            exact = inputs.double()
+            return heads, torch.cat([self.reference(case, exact, head) for head in heads], 1)
 
 
 class Family(NamedTuple):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
 
 from . import asked, ceilings, overhead, photographs, report
-from .cases import BACKWARD, FORWARD, Case, Family, families
+from .cases import BACKWARD, FORWARD, Case, Contender, Family, families
 from .load import ForeignLoad
 from .progress import Progress
 from .runner import FULL, QUICK, run_row, warm_up
 
+QUICK_SECONDS = 240.0  # what --quick plans with; it must end in 300
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = {"forward": (FORWARD,), "backward": (BACKWARD,), "both": (FORWARD, BACKWARD)}
 
@@ -102,27 +104,33 @@ def _included(case: Case, options) -> bool:
     return not options.case or options.case in f"{case.operator} {case.name}"
 
 
+def _skip_nothing(contender: Contender) -> str:
+    return ""
+
+
+def _skip_compiling(contender: Contender) -> str:
+    return "--quick was behind its time; compiling was left out" if contender.compiles else ""
+
+
 def _measure(plan, options) -> report.Report:
     """Run the plan; Ctrl-C ends it and keeps what is done for the printed table."""
     about = report.machine(options.device, options.threads)
     limits = ceilings.Ceilings(options.threads, 0, 0, 0, 0, dict.fromkeys(ceilings.KINDS, ""), "not measured on CUDA")
     rows, overheads, import_ms, complete = [], {}, None, False
-    load = ForeignLoad()
+    load, started = ForeignLoad(), time.monotonic()
     try:
         if options.device == "cpu":
             limits = ceilings.measure(options.threads)
             overheads, import_ms = overhead.call_overhead(), overhead.import_time(3 if options.quick else 7)
         warm_up(options.device)
         with Progress(len(plan)) as progress:
-            for family, case, dtype, direction in plan:
+            for done, (family, case, dtype, direction) in enumerate(plan):
                 progress.row(f"{case.operator} {case.name} {report.SHORT[dtype]} {direction}")
+                behind = options.quick and time.monotonic() - started > QUICK_SECONDS * (done + 1) / len(plan)
                 effort = QUICK if options.quick else FULL
-                rows.append(
-                    run_row(
-                        family, case, dtype, direction, effort,
-                        device=options.device, only=options.only, progress=progress.step,
-                    )
-                )  # fmt: skip
+                how = {"device": options.device, "only": options.only, "progress": progress.step}
+                how["skip"] = _skip_compiling if behind else _skip_nothing
+                rows.append(run_row(family, case, dtype, direction, effort, **how))
                 progress.row_done()
         limits = ceilings.better(limits)
         complete = True

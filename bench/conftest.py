@@ -63,8 +63,8 @@ def timed_call(request, benchmark):
     def run():
         output = call()
         if contender.exact:
-            expected = operator.reference(case, inputs.double())
-            error = (output.detach().double() - expected).abs().max()
+            heads, expected = operator.expected(case, inputs)
+            error = (output.detach()[:, heads].double() - expected).abs().max()
             assert error <= TOLERANCE[dtype] * expected.abs().max()
         benchmark.pedantic(call, rounds=5, iterations=1, warmup_rounds=1)
 

@@ -20,6 +20,7 @@ from . import memory
 from .cases import BACKWARD, FORWARD, OURS, Case, Contender, Family, Inputs, bytes_moved, flops
 
 SHORTEST_SAMPLE = 2e-3  # seconds; quicker calls are repeated within one sample
+LONG_CALL = 0.2  # seconds; longer calls need no further warm-up
 # Largest error against the float64 specification, as a share of its largest element, of a contender that computes the
 # case. bfloat16 is wide because the formula itself is that inexact in it: scores up to 50 are rounded to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
@@ -127,25 +128,29 @@ def run_row(
     *,
     device: str = "cpu",
     only: Iterable[str] = (),
+    skip: Callable[[Contender], str] = lambda contender: "",
     progress: Callable[[str], None] = lambda step: None,
 ) -> Row:
-    """Measure one row. ``progress`` is told of every contender prepared and of every round of timing."""
+    """Measure one row.
+
+    ``skip`` says why a contender is to be left out, or nothing; ``progress`` is told of every contender prepared and,
+    with an empty string, of every round of timing.
+    """
     operator = family.operators[case.operator]
     training = direction == BACKWARD
     inputs = operator.inputs(case, dtype, device).leaves(gradients=training)
-    expected = operator.reference(case, inputs.double())
+    expected = operator.expected(case, inputs)
     torch._dynamo.reset()  # shapes of earlier rows would count against the limit of recompilations
     results, calls = {}, {}
     for contender in operator.contenders:
         if only and contender.name not in only:
             continue
         progress(contender.name)
-        outcome = _admit(contender, case, inputs, direction, dtype, expected, device)
+        outcome = skip(contender) or _admit(contender, case, inputs, direction, dtype, expected, device)
         if isinstance(outcome, str):
             results[contender.name] = Result(note=outcome)
         else:
-            call, results[contender.name] = outcome
-            calls[contender.name] = call
+            results[contender.name], *calls[contender.name] = outcome
     del expected
     for name, samples in _interleave(calls, effort, device, progress).items():
         median, low, high = (_quantile(samples, p) * 1e3 for p in (0.5, 0.25, 0.75))
@@ -155,17 +160,19 @@ def run_row(
 
 
 def _admit(contender, case, inputs, direction, dtype, expected, device):
-    """(call, result so far) of a contender that can run and is right; else why it is left out."""
+    """(result so far, call, its seconds) of a contender that can run and is right; else why it is left out."""
     if direction == BACKWARD and device == "cpu" and not contender.trains:
         return contender.why_not
     needed = contender.memory(case, direction == BACKWARD)
     if device == "cpu" and needed > _available_memory():
         return f"needs about {needed / 1e9:.0f} GB"
-    output = None
+    output, seconds = None, 0.0
 
     def once():
-        nonlocal output
+        nonlocal output, seconds
+        begin = time.perf_counter()
         output = call()
+        seconds = time.perf_counter() - begin
 
     try:
         call = prepare(contender, case, inputs, direction)
@@ -176,19 +183,21 @@ def _admit(contender, case, inputs, direction, dtype, expected, device):
         if contender.name == OURS:
             raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    error = (output.detach().double() - expected).abs().max().item()
-    limit = TOLERANCE[dtype] * expected.abs().max().item()
+    heads, exact = expected
+    error = (output.detach()[:, heads].double() - exact).abs().max().item()
+    limit = TOLERANCE[dtype] * exact.abs().max().item()
     if contender.exact and not error <= limit:
         return f"wrong: error {error:.1e}, allowed {limit:.1e}"
-    return call, Result(memory=peak, error=error if contender.exact else None)
+    return Result(memory=peak, error=error if contender.exact else None), call, seconds
 
 
 def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str, list[float]]:
     clock = _Clock(device)
     plan = {}
-    for name, call in calls.items():
-        call()
-        seconds = min(clock.sample(call, 1) for _ in range(2))
+    for name, (call, seconds) in calls.items():
+        if seconds < LONG_CALL:  # its one call so far was as much a warm-up as a measurement
+            call()
+            seconds = min(clock.sample(call, 1) for _ in range(2))
         count = max(1, math.ceil(SHORTEST_SAMPLE / seconds)) if device == "cpu" else 1
         share = effort.seconds / len(calls) / (seconds * count)
         plan[name] = count, max(effort.fewest, min(effort.rounds, int(share)))
@@ -201,7 +210,7 @@ def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str,
             for name in names[r % len(names) :] + names[: r % len(names)]:
                 count, wanted = plan[name]
                 if (r + 1) * wanted // effort.rounds > r * wanted // effort.rounds:
-                    samples[name].append(clock.sample(calls[name], count))
+                    samples[name].append(clock.sample(calls[name][0], count))
             progress("")
     finally:
         gc.enable()
