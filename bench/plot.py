@@ -41,7 +41,7 @@ def draw(report: dict, path: str) -> None:
     contenders = [name for name in COLOURS if any(_ms(row, name) for row in rows)]
     tallest = max(len(group) for group in by_dtype)
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK})
-    height = 1.9 + tallest * (0.24 * len(contenders) + 0.34)
+    height = 1.7 + tallest * (0.2 * len(contenders) + 0.3)
     figure, panels = plt.subplots(
         1, len(dtypes), figsize=(6.0 * len(dtypes) + 0.6, height), sharey=True, squeeze=False, layout="constrained"
     )
@@ -50,17 +50,16 @@ def draw(report: dict, path: str) -> None:
         _panel(panel, TITLES[dtype], group, contenders, limit)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in contenders]
     labels = [NAMES.get(name, name) for name in contenders]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(contenders), frameon=False)
     operator, direction = rows[0]["operator"], rows[0]["direction"]
     about = report["machine"]
-    figure.suptitle(
+    legend = figure.legend(handles, labels, loc="outside upper center", ncols=len(contenders), frameon=False)
+    legend.set_title(
         f"{OPERATORS.get(operator, operator)}, {direction}: time relative to PyTorch's unmasked attention",
-        fontsize=13,
-        fontweight="bold",
+        prop={"size": 13, "weight": "bold"},
     )
     figure.supxlabel(
         f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['torch']}, {about['date'][:10]}, "
-        f"commit {about['commit'] or '-'}. Medians of interleaved runs; shorter is faster; logarithmic.",
+        f"commit {about['commit'] or '-'}; medians of interleaved runs, logarithmic scale",
         fontsize=8,
         color=MUTED,
     )
@@ -117,7 +116,8 @@ def _panel(panel, title: str, rows: list[dict], contenders: list[str], limit: fl
     panel.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
     panel.set_axisbelow(True)
     panel.spines[:].set_visible(False)
-    panel.set_title(title, fontsize=11, loc="left", color=INK)
+    panel.set_title(title, fontsize=11, fontweight="bold", loc="left", color=INK)
+    panel.set_xlabel("1x is unmasked F.scaled_dot_product_attention; left of it is faster", color=MUTED, fontsize=9)
 
 
 def _label(row: dict) -> str:
