@@ -77,7 +77,7 @@ EFFATTN_INLINE void multiply_panels(const typename Arithmetic::Word* rows, ptrdi
 }
 
 struct RowStatistics {
-  float logsumexp;  // in log2 units; +inf for a row with nothing to attend to, so that P = exp2(-inf) = 0
+  float logsumexp;  // natural logarithm; +inf for a row with nothing to attend to, so that P = exp2(-inf) = 0
   float delta;      // dO . O
 };
 
@@ -88,7 +88,7 @@ inline RowStatistics row_statistics(const AttentionBackward& arguments, int64_t 
   row_to_float(gradient, matrix_at(arguments.grad_output, batch, head, 0, rotation), row, head_dim, padded);
   Vec sum = {};
   for (int64_t c = 0; c < padded; c += kLanes) sum = fma(load(output + c), load(gradient + c), sum);
-  const float total = arguments.logsumexp[(batch * arguments.query.size[1] + head) * queries + (token < queries ? token : token - queries)] * kLog2E;
+  const float total = arguments.logsumexp[(batch * arguments.query.size[1] + head) * queries + (token < queries ? token : token - queries)];
   return {total == -INFINITY ? INFINITY : total, reduce_add(sum)};
 }
 
@@ -313,7 +313,7 @@ class Backward {
           const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i + p, v) : Vec{};
           Vec logit = Family::kMultiplies ? score * slope : tile.transform(score, i + p, v);
           if constexpr (!kPlain) logit = select(first_lanes(limit[p] - v * kLanes), logit, broadcast(-INFINITY));
-          weight[p] = exp2<Arithmetic::kExp2Degree>(logit - total[p]);
+          weight[p] = exp2<Arithmetic::kExp2Degree>(fma(total[p], broadcast(-kLog2E), logit));  // one rounding of the difference, not two
           const Vec grad_logit = weight[p] * (load(grad_scores + at) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});

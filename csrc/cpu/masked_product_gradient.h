@@ -89,7 +89,8 @@ class WeightGradient {
       const int64_t at = (r + i) * kTilePitch;
       for (int64_t v = 0; v * kLanes < count; ++v) {
         const Vec score = load(scores_ + at + v * kLanes);
-        const Vec weight = exp2<Arithmetic::kExp2Degree>(score * tile.transform(broadcast(1.f), static_cast<int>(i), static_cast<int>(v)) - total);
+        const Vec logit = score * tile.transform(broadcast(1.f), static_cast<int>(i), static_cast<int>(v));
+        const Vec weight = exp2<Arithmetic::kExp2Degree>(fma(total, broadcast(-kLog2E), logit));
         const Vec gradient = weight * (load(grad_scores_ + at + v * kLanes) - delta) * score;
         store(strip_ + at + v * kLanes, load(strip_ + at + v * kLanes) + gradient);
       }
