@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -84,22 +89,38 @@ def figures(report) -> list[Figure]:
         extra = ours - report.overhead_us[STOCK]
     found.append(Figure("call on 1x1x16x16: above F.scaled_dot_product_attention", 15.0, extra, True, "us"))
     found.append(Figure("import of effattn after torch", 50.0, report.import_ms, True, "ms"))
+    found.append(Figure("full C++ build", 90.0, _build_seconds(), True, "s"))
     return found
 
 
 def _memory_figures(threads: int) -> list[Figure]:
-    """Extra memory at the largest shape over one fp32 tensor of query's size: O(N) is a small constant, whatever N.
-
-    Measured in a process of its own. One N x N matrix per head would be N / D = 64 of these at N = 4096.
-    """
+    """How extra memory grows when N grows 4 times: O(N) is 4, an N x N tensor anywhere is 16. In fresh processes."""
     case = next(c for c in reversed(families()[MIXTURE].cases) if c.asked)
-    unit = 4.0 * case.batch * case.heads * case.tokens * case.head_dim
+    large, small = case.grid[0], case.grid[0] // 2
     found = []
-    for direction, bound in ((FORWARD, 4.0), (BACKWARD, 12.0)):
-        peak = memory.in_own_process(MIXTURE, case, "float32", direction, OURS, threads)
-        what = f"extra memory, {'forward' if direction == FORWARD else 'forward+backward'} fp32, N={case.tokens}: over query's size"
-        found.append(Figure(what, bound, None if peak is None else peak / unit, True))
+    for direction in (FORWARD, BACKWARD):
+        peaks = [
+            memory.in_own_process(MIXTURE, case, side, "float32", direction, OURS, threads) for side in (small, large)
+        ]
+        passes = "forward" if direction == FORWARD else "forward+backward"
+        growth = peaks[1] / peaks[0] if all(peaks) else None
+        size = f", {peaks[1] / 1e6:.0f} MB" if growth else ""
+        what = f"extra memory, mixture {passes} fp32, N={small**2} -> {large**2}{size}: grows"
+        found.append(Figure(what, 5.0, growth, True))
     return found
+
+
+def _build_seconds() -> float | None:
+    """The whole C++ build, from nothing, into a scratch directory; None without a checkout or a compiler."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").exists() or not (root / "csrc").exists():
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", scratch, "--build-lib", scratch]
+        begin = time.perf_counter()
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - begin
+        return seconds if done.returncode == 0 and any(Path(scratch).rglob("_cpu.so")) else None
 
 
 def table(found: list[Figure]) -> str:

@@ -87,7 +87,11 @@ def _flex(case: Case, inputs: Inputs, training: bool) -> Call:
     if case.operator == "plain":
         return flex(inputs)
     bias = inputs.fixed["attn_mask"][0].float()
-    return flex(inputs, lambda score, b, h, i, j: score + bias[h, i, j])
+
+    def add(score, b, h, i, j):
+        return score + bias[h, i, j]
+
+    return flex(inputs, lambda: add)
 
 
 CONTENDERS = (

@@ -6,12 +6,13 @@ That sees every allocation that was touched, from torch, from C++ and from compi
 are part of it. A contender that does not compile is measured on its first call at a shape, so buffers that it keeps
 are counted; a compiling one on its second, or the compiler would be measured. On CUDA: torch's allocator peak.
 
-    python -m effattn.bench.memory FAMILY CASE_INDEX DTYPE DIRECTION CONTENDER    one call in a process of its own
+    python -m effattn.bench.memory FAMILY CASE_INDEX SIDE DTYPE DIRECTION CONTENDER THREADS    one call in a process
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import json
 import re
@@ -21,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from .cases import BACKWARD, Case, families
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -51,23 +54,27 @@ def peak_extra(call: Callable[[], object], device: str = "cpu") -> int | None:
     return max(0, _resident("VmHWM") - before)
 
 
-def in_own_process(family: str, case, dtype: str, direction: str, contender: str, threads: int) -> int | None:
-    """The same in a fresh process, so that nothing an earlier case left behind can serve this one."""
-    from .cases import families
+def in_own_process(
+    family: str, case: Case, side: int, dtype: str, direction: str, contender: str, threads: int
+) -> int | None:
+    """The same in a fresh process, so that nothing an earlier case left behind can serve this one.
 
-    index = families()[family].cases.index(case)
-    command = [sys.executable, "-m", "effattn.bench.memory", family, str(index), dtype, direction, contender]
-    done = subprocess.run([*command, str(threads)], capture_output=True, text=True, check=True)
+    ``case`` is measured on a grid of ``side`` x ``side`` tokens.
+    """
+    arguments = [family, families()[family].cases.index(case), side, dtype, direction, contender, threads]
+    command = [sys.executable, "-m", "effattn.bench.memory", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _main(family_name: str, index: str, dtype: str, direction: str, contender_name: str, threads: str) -> None:
-    from .cases import BACKWARD, families
+def _main(family_name, index, side, dtype, direction, contender_name, threads) -> None:
     from .runner import prepare, warm_up
 
     torch.set_num_threads(int(threads))
     family = families()[family_name]
     case = family.cases[int(index)]
+    side = int(side)
+    case = dataclasses.replace(case, grid=(side, side), tokens=case.num_prefix_tokens + side * side)
     operator = family.operators[case.operator]
     contender = next(c for c in operator.contenders if c.name == contender_name)
     warm_up("cpu")

@@ -26,11 +26,12 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def flex(inputs: Inputs, score_mod: Callable | None = None, block_mask=None) -> Call:
+def flex(inputs: Inputs, score_mod: Callable[[], Callable] = lambda: None, block_mask=None) -> Call:
+    """FlexAttention; ``score_mod()`` makes the function anew at every call, with whatever it has to derive."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = compiled(flex_attention)
-    return lambda: attend(inputs.query, inputs.key, inputs.value, score_mod=score_mod, block_mask=block_mask)
+    return lambda: attend(inputs.query, inputs.key, inputs.value, score_mod=score_mod(), block_mask=block_mask)
 
 
 def _unmasked(case: Case, inputs: Inputs, training: bool) -> Call:

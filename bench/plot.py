@@ -29,7 +29,7 @@ TITLES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def draw(report: dict, path: str) -> None:
-    """Write a PNG of ``report`` (the JSON of a run): the first operator's forward rows that were measured."""
+    """Write a PNG of ``report`` (the JSON of a run): one operator in one direction, all dtypes and shapes that were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,13 +68,13 @@ def draw(report: dict, path: str) -> None:
 
 
 def _rows(report: dict) -> list[dict]:
-    """Rows of one operator and direction that can be put over the unmasked time, random inputs first choice."""
+    """Rows of one operator and direction that can be put over the unmasked time."""
     usable = [row for row in report["rows"] if _baseline(row) and _ms(row, OURS)]
     if not usable:
         raise ValueError("nothing to draw: no row has both our time and that of unmasked attention")
-    key = next(((r["operator"], r["direction"]) for r in usable if r["direction"] == "forward"), None)
-    key = key or (usable[0]["operator"], usable[0]["direction"])
-    return [row for row in usable if (row["operator"], row["direction"]) == key]
+    # A family's namesake before its variants, plain attention last, forward before backward.
+    first = max(usable, key=lambda row: (row["operator"] == row["family"], row["direction"] == "forward"))
+    return [row for row in usable if (row["operator"], row["direction"]) == (first["operator"], first["direction"])]
 
 
 def _ms(row: dict, name: str) -> float:
