@@ -71,7 +71,7 @@ def causal_queries(column_begin, column_end, num_queries, BLOCK: tl.constexpr):
     return column_begin // BLOCK * BLOCK, tl.cdiv(column_end - 1, BLOCK) * BLOCK
 
 
-PLAIN = tiles.Policy(no_term, scaled_logits, plain_score_gradient, tiles.keep_in_bounds, tiles.every_key, tiles.every_query)
+PLAIN = tiles.Policy(no_term, scaled_logits, plain_score_gradient, tiles.keep_in_bounds, tiles.every_key, None)
 CAUSAL = PLAIN._replace(keep=keep_causal, key_span=causal_keys, query_span=causal_queries)
 ADDITIVE = PLAIN._replace(term=mask_term, logits=additive_logits)
 BOOLEAN = PLAIN._replace(term=mask_term, logits=boolean_logits)

@@ -26,19 +26,40 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "cdna")
 # bytes of shared memory one program may use
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "cdna": 65536}
 
+# Rows: kernel -> configurations for BLOCK_D up to 64, 128 and 256.
 _HALF = {
-    "forward": {16: C(128, 64, 4, 3), 32: C(128, 64, 4, 3), 64: C(128, 64, 4, 3), 128: C(128, 64, 8, 2), 256: C(64, 32, 4, 2)},
-    "key_value_gradient": {16: C(64, 64, 4, 2), 32: C(64, 64, 4, 2), 64: C(64, 64, 4, 2), 128: C(32, 64, 4, 2), 256: C(32, 64, 8, 1)},
-    "query_gradient": {16: C(64, 64, 4, 2), 32: C(64, 64, 4, 2), 64: C(64, 64, 4, 2), 128: C(64, 32, 4, 2), 256: C(64, 32, 8, 1)},
-    "parameter_gradient": {16: C(64, 64, 4, 2), 32: C(64, 64, 4, 2), 64: C(64, 64, 4, 2), 128: C(64, 64, 4, 1), 256: C(64, 64, 8, 1)},
+    "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
+    "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
 }
 _SINGLE = {
-    "forward": {16: C(64, 32, 4, 2), 32: C(64, 32, 4, 2), 64: C(64, 32, 4, 2), 128: C(32, 32, 4, 1), 256: C(32, 16, 4, 1)},
-    "key_value_gradient": {16: C(32, 32, 4, 1), 32: C(32, 32, 4, 1), 64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
-    "query_gradient": {16: C(32, 32, 4, 1), 32: C(32, 32, 4, 1), 64: C(32, 32, 4, 1), 128: C(32, 16, 4, 1), 256: C(16, 16, 4, 1)},
-    "parameter_gradient": {16: C(32, 32, 4, 1), 32: C(32, 32, 4, 1), 64: C(32, 32, 4, 1), 128: C(32, 32, 4, 1), 256: C(16, 16, 4, 1)},
+    "forward": (C(32, 32, 4, 2), C(16, 32, 8, 1), C(16, 32, 8, 1)),
+    "key_value_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+    "query_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
+    "parameter_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
 }
-_TABLE = {(family, width): dict(rows) for family in FAMILIES for width, rows in (("half", _HALF), ("single", _SINGLE))}
+_HOPPER = {  # wgmma: 64 rows per warpgroup, and columns worth its while
+    "forward": (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(64, 64, 4, 2), C(32, 128, 8, 2), C(32, 32, 8, 1)),
+    "query_gradient": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2)),
+    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
+}
+_ROWS = {(family, "half"): _HALF for family in FAMILIES} | {(family, "single"): _SINGLE for family in FAMILIES}
+_ROWS["sm_90", "half"] = _HOPPER
+_INTERPRETED = {  # few programs, since each costs milliseconds, yet more than one tile at 65 tokens
+    "forward": (C(64, 32, 4, 1),) * 3,
+    "key_value_gradient": (C(32, 64, 4, 1),) * 3,
+    "query_gradient": (C(64, 32, 4, 1),) * 3,
+    "parameter_gradient": (C(32, 32, 4, 1),) * 3,
+}
+
+
+def _by_block_d(rows):
+    return {kernel: dict(zip(BLOCK_DS, (row[0], row[0], *row))) for kernel, row in rows.items()}
+
+
+_TABLE = {key: _by_block_d(rows) for key, rows in _ROWS.items()}
 
 
 def configurations():
@@ -62,7 +83,7 @@ def _family_of_device(index):
 def architecture(device):
     if device.type == "cuda":
         return "cdna" if torch.version.hip else _family_of_device(device.index)
-    return "sm_80"
+    return "interpreted"
 
 
 def block_d(head_dim):
@@ -73,7 +94,9 @@ def configuration(kernel, query):
     width = "single" if query.dtype == torch.float32 else "half"
     if kernel == "row_delta":
         return C(max(16, 4096 // block_d(query.shape[3])), 0, 4, 1)
-    return _TABLE[architecture(query.device), width][kernel][block_d(query.shape[3])]
+    family = architecture(query.device)
+    rows = _by_block_d(_INTERPRETED) if family == "interpreted" else _TABLE[family, width]
+    return rows[kernel][block_d(query.shape[3])]
 
 
 def precision(query):

@@ -46,10 +46,17 @@ class Mixture(NamedTuple):
 # ---------------------------------------------------------------- tables
 
 
-@triton.jit(do_not_specialize=["grid_h", "grid_w", "num_prefix", "num_heads", "num_gaussians"])
-def build_table(arguments, grid_h, grid_w, num_prefix, num_heads, num_gaussians, scale_log2, LANES: tl.constexpr):
+@triton.jit
+def decay(sigma, eps):
+    """c with exp(-r2 / (2 (sigma^2 + eps))) = exp2(c r2), rounded once."""
+    s = sigma.to(tl.float64)
+    return (-0.5 / (s * s + eps) * LOG2E).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["grid_h", "grid_w", "num_prefix", "num_tokens", "num_heads", "num_gaussians"])
+def build_table(arguments, grid_h, grid_w, num_prefix, num_tokens, num_heads, num_gaussians, scale_log2, LANES: tl.constexpr):
     """One program: LANES entries of one head's table; head 0 also writes the token codes."""
-    blocks = tl.cdiv(tl.maximum(arguments.table_stride, num_prefix + grid_h * grid_w), LANES)
+    blocks = tl.cdiv(tl.maximum(arguments.table_stride, num_tokens), LANES)
     h = tl.program_id(0) // blocks
     entry = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     width = 2 * grid_w - 1
@@ -60,24 +67,25 @@ def build_table(arguments, grid_h, grid_w, num_prefix, num_heads, num_gaussians,
     for k in range(num_gaussians):
         alpha = tl.load(arguments.alpha + k * num_heads + h)
         sigma = tl.load(arguments.sigma + k * num_heads + h)
-        mixture += alpha * tl.exp2(r2 / (-2.0 * (sigma * sigma + arguments.eps)) * LOG2E)
+        mixture += alpha * tl.exp2(r2 * decay(sigma, arguments.eps))
     table = arguments.table + h.to(tl.int64) * arguments.table_stride
     tl.store(table + entry, tl.where(entry == arguments.last, 1.0, mixture) * scale_log2, mask=entry <= arguments.last)
     cell = entry - num_prefix
     code = tl.where(cell < 0, PREFIX_CODE, cell // grid_w * width + cell % grid_w)
-    tl.store(arguments.codes + entry, code, mask=entry < tl.where(h == 0, num_prefix + grid_h * grid_w, 0))
+    tl.store(arguments.codes + entry, code, mask=entry < tl.where(h == 0, num_tokens, 0))
 
 
 def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
     heads = alpha.shape[1]
+    tokens = num_prefix + grid_h * grid_w
+    grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
     last = (2 * grid_h - 1) * (2 * grid_w - 1)
     stride = triton.cdiv(last + 1, 16) * 16
-    tokens = num_prefix + grid_h * grid_w
     arguments = Mixture(torch.empty((heads, stride), dtype=torch.float32, device=alpha.device),
                         torch.empty((tokens,), dtype=torch.int32, device=alpha.device), stride, last, alpha, sigma, eps)
     programs = triton.cdiv(max(stride, tokens), LANES.value) * heads
     tiles.launch(build_table, programs, alpha.device, table.Configuration(LANES.value, 0, 4, 1),
-                 arguments, grid_h, grid_w, num_prefix, heads, alpha.shape[0], scale_log2, LANES=LANES.value)
+                 arguments, grid_h, grid_w, num_prefix, tokens, heads, alpha.shape[0], scale_log2, LANES=LANES.value)
     return arguments
 
 
@@ -157,7 +165,7 @@ def mixture_finish(arguments, destination, total, owner, split, splits, num_head
     slot = owner // num_heads * splits + split
     for k in range(extents[5]):
         sigma = tl.load(arguments.sigma + k * num_heads + h)
-        weighted = total * tl.exp2(r2 / (-2.0 * (sigma * sigma + arguments.eps)) * LOG2E)
+        weighted = total * tl.exp2(r2 * decay(sigma, arguments.eps))
         row = destination + ((h * extents[5] + k) * 2).to(tl.int64) * slots
         tl.store(row + slot, tl.sum(weighted))
         tl.store(row + slots + slot, tl.sum(weighted * r2))
@@ -182,7 +190,7 @@ def reduce_mixture(partial, arguments, grad_alpha, grad_sigma, slots, num_heads,
     tl.store(grad_sigma + parameter, tl.sum(second) * (scale * alpha * (sigma / variance / variance)))
 
 
-MIXTURE = tiles.Policy(mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, tiles.every_query)
+MIXTURE = tiles.Policy(mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None)
 MIXTURE_PARAMETERS = tiles.ParameterPolicy(mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish)
 
 
@@ -236,7 +244,7 @@ def weight_finish(arguments, destination, total, owner, split, splits, num_heads
     tl.store(pointers, tiles.narrow(total * arguments.scale, destination.dtype.element_ty), mask=(i < num_tokens)[:, None] & (j < num_tokens)[None, :])
 
 
-WEIGHT = tiles.Policy(weight_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, tiles.every_query)
+WEIGHT = tiles.Policy(weight_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None)
 WEIGHT_PARAMETERS = tiles.ParameterPolicy(weight_members, weight_place, weight_owner_term, tiles.product_term_gradient, weight_finish)
 
 
@@ -254,11 +262,12 @@ def gaussian_mixture_bwd(grad_output, query, key, value, alpha, sigma, output, l
     arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale_log2)
     delta = tiles.run_row_delta(output, grad_output)
     grads = tiles.run_backward(MIXTURE, grad_output, query, key, value, logsumexp, delta, arguments, scale_log2, LN2.value)
+    grid_h, grid_w, empty = max(grid_h, 1), max(grid_w, 1), query.shape[0] * grid_h * grid_w == 0
     tile_h, tile_w = patch_shape(grid_h, grid_w, table.configuration("parameter_gradient", query).block_m)
     patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
     batch, (gaussians, heads) = query.shape[0], alpha.shape
     offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
-    splits = max(1, min(TARGET_PROGRAMS // (offsets * heads), batch * patches_y * patches_x // 4)) if batch else 0
+    splits = max(1, min(TARGET_PROGRAMS // (offsets * heads), batch * patches_y * patches_x // 4)) if not empty else 0
     partial = torch.empty((heads, gaussians, 2, offsets * splits), dtype=torch.float32, device=query.device)
     tiles.run_parameter_gradient(MIXTURE, MIXTURE_PARAMETERS, offsets * heads, splits, partial, grad_output, query, key, value, logsumexp, delta,
                                  arguments, (grid_h, grid_w, num_prefix_tokens, tile_h, tile_w, gaussians), scale_log2)

@@ -25,7 +25,8 @@ Policy contract. A family is a tiles.Policy of @triton.jit functions, given to t
     score_gradient(grad_logits, score, term)   times gradient_scale, the gradient of q . k
     keep(i, j, num_keys)                   which elements of a masked span take part; must drop j >= num_keys
     key_span(row_begin, row_end, num_keys, BLOCK)          -> (begin, full, end): keys [begin, full) need no keep, [full, end) do; begin and full are multiples of BLOCK
-    query_span(column_begin, column_end, num_queries, BLOCK) -> (begin, full): queries [begin, full) need keep, [full, num_queries) do not
+    query_span(column_begin, column_end, num_queries, BLOCK) -> (begin, full): queries [begin, full) need keep, [full, num_queries) do not;
+                                           None: no query needs keep
 A family with parameters adds a tiles.ParameterPolicy. Tiles are congruent when the same tile of parameters serves them all; an owner is such a class:
     members(owner, batch, num_heads, extents)     how many tiles the owner has
     place(owner, member, batch, num_heads, num_tokens, extents, BLOCK)  -> (b, h, i, j, i_valid, j_valid)
@@ -72,11 +73,6 @@ class ParameterPolicy(NamedTuple):
 @triton.jit
 def every_key(row_begin, row_end, num_keys, BLOCK: tl.constexpr):
     return 0, num_keys // BLOCK * BLOCK, num_keys
-
-
-@triton.jit
-def every_query(column_begin, column_end, num_queries, BLOCK: tl.constexpr):
-    return 0, 0
 
 
 @triton.jit
@@ -141,10 +137,27 @@ def _store_rows(pointer, tile, rows, valid, stride_row, stride_dim, HEAD_DIM: tl
 
 
 @triton.jit
-def _row_statistics(logsumexp, delta, rows, valid):
-    """Base-2 log-sum-exp and delta; +inf where a row is absent or fully masked, so that its P is 0."""
+def _row_statistics(logsumexp, delta, rows, valid, dtype: tl.constexpr):
+    """Base-2 log-sum-exp and delta; +inf where a row is absent or fully masked, so that its P is 0.
+
+    For fp32 also what rounding to base 2 took from lse, else the largest error of the backward pass."""
     lse = tl.load(logsumexp + rows, mask=valid, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), tl.load(delta + rows, mask=valid, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    row_deltas = tl.load(delta + rows, mask=valid, other=0.0)
+    if dtype == tl.float32:
+        exact = lse.to(tl.float64) * LOG2E
+        rounded = exact.to(tl.float32)
+        return rounded, tl.where(lse == float("inf"), 0.0, exact - rounded).to(tl.float32), row_deltas
+    else:
+        return lse * LOG2E, lse, row_deltas
+
+
+@triton.jit
+def _weights(logits, lse, lse_rest, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.exp2(logits - lse - lse_rest)
+    else:
+        return tl.exp2(logits - lse)
 
 
 # ---------------------------------------------------------------- forward
@@ -172,7 +185,7 @@ def _forward_span(accumulator, maximum, total, query_tile, key, value, arguments
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def forward(query, key, value, output, logsumexp, arguments, query_strides, key_strides, value_strides, output_strides,
             num_heads, group, num_queries, num_keys, scale_log2,
             TERM: tl.constexpr, LOGITS: tl.constexpr, KEEP: tl.constexpr, KEY_SPAN: tl.constexpr,
@@ -200,7 +213,7 @@ def forward(query, key, value, output, logsumexp, arguments, query_strides, key_
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     accumulator = accumulator / total[:, None]
-    lse = tl.where(empty, float("-inf"), (maximum + tl.log2(total)) * LN2)
+    lse = tl.where(empty, float("-inf"), ((maximum.to(tl.float64) + tl.log2(total)) * LN2).to(tl.float32))
     tl.store(logsumexp + (b * num_heads + h) * num_queries + i, lse, mask=i < num_queries)
     output += b * output_strides[0] + h * output_strides[1]
     _store_rows(output, accumulator, i, i < num_queries, output_strides[2], output_strides[3], HEAD_DIM, BLOCK_D)
@@ -233,10 +246,10 @@ def _key_value_span(grad_key_tile, grad_value_tile, key_tile, value_tile, query,
         i = start + tl.arange(0, BLOCK_M)
         valid = i < num_queries
         term = TERM(arguments, b, h, i[None, :], j[:, None], num_queries, num_keys)
-        lse, row_deltas = _row_statistics(logsumexp, delta, i, valid)
+        lse, lse_rest, row_deltas = _row_statistics(logsumexp, delta, i, valid, query.dtype.element_ty)
         query_tile = _rows(query, i, valid, query_strides[2], query_strides[3], HEAD_DIM, BLOCK_D, True)
         score = matmul(key_tile, tl.trans(query_tile), None, PRECISION)
-        weights = tl.exp2(LOGITS(score, term, scale_log2) - lse[None, :])
+        weights = _weights(LOGITS(score, term, scale_log2), lse[None, :], lse_rest[None, :], query_tile.dtype)
         if MASKED:
             weights = tl.where(KEEP(i[None, :], j[:, None], num_keys), weights, 0.0)
         grad_output_tile = _rows(grad_output, i, valid, grad_output_strides[2], grad_output_strides[3], HEAD_DIM, BLOCK_D, True)
@@ -247,7 +260,7 @@ def _key_value_span(grad_key_tile, grad_value_tile, key_tile, value_tile, query,
     return grad_key_tile, grad_value_tile
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def key_value_gradient(query, key, value, grad_output, logsumexp, delta, grad_key, grad_value, arguments, query_strides, key_strides, value_strides,
                        grad_output_strides, grad_key_strides, grad_value_strides, num_heads, group, num_queries, num_keys, scale_log2, gradient_scale,
                        TERM: tl.constexpr, LOGITS: tl.constexpr, SCORE_GRADIENT: tl.constexpr, KEEP: tl.constexpr, QUERY_SPAN: tl.constexpr,
@@ -265,16 +278,19 @@ def key_value_gradient(query, key, value, grad_output, logsumexp, delta, grad_ke
     value_tile = _rows(value, j, j < num_keys, value_strides[2], value_strides[3], HEAD_DIM, BLOCK_D, True)
     grad_key_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin, full = QUERY_SPAN(column_begin, column_begin + BLOCK_N, num_queries, BLOCK_M)
+    full = 0
+    if QUERY_SPAN is not None:
+        begin, full = QUERY_SPAN(column_begin, column_begin + BLOCK_N, num_queries, BLOCK_M)
     for member in range(0, group):
         h = key_head * group + member
         row = (b * num_heads + h) * num_queries
         query_head = query + b * query_strides[0] + h * query_strides[1]
         grad_output_head = grad_output + b * grad_output_strides[0] + h * grad_output_strides[1]
-        grad_key_tile, grad_value_tile = _key_value_span(
-            grad_key_tile, grad_value_tile, key_tile, value_tile, query_head, grad_output_head, logsumexp + row, delta + row, arguments, b, h, j,
-            begin, tl.minimum(full, num_queries), num_queries, num_keys, scale_log2, query_strides, grad_output_strides, TERM, LOGITS, SCORE_GRADIENT, KEEP,
-            HEAD_DIM, BLOCK_M, BLOCK_D, PRECISION, True)
+        if QUERY_SPAN is not None:
+            grad_key_tile, grad_value_tile = _key_value_span(
+                grad_key_tile, grad_value_tile, key_tile, value_tile, query_head, grad_output_head, logsumexp + row, delta + row, arguments, b, h, j,
+                begin, tl.minimum(full, num_queries), num_queries, num_keys, scale_log2, query_strides, grad_output_strides, TERM, LOGITS, SCORE_GRADIENT,
+                KEEP, HEAD_DIM, BLOCK_M, BLOCK_D, PRECISION, True)
         grad_key_tile, grad_value_tile = _key_value_span(
             grad_key_tile, grad_value_tile, key_tile, value_tile, query_head, grad_output_head, logsumexp + row, delta + row, arguments, b, h, j,
             full, num_queries, num_queries, num_keys, scale_log2, query_strides, grad_output_strides, TERM, LOGITS, SCORE_GRADIENT, KEEP,
@@ -286,7 +302,7 @@ def key_value_gradient(query, key, value, grad_output, logsumexp, delta, grad_ke
 
 
 @triton.jit
-def _query_span(grad_query_tile, query_tile, grad_output_tile, lse, row_deltas, key, value, arguments, b, h, i, begin, end, num_queries, num_keys, scale_log2,
+def _query_span(grad_query_tile, query_tile, grad_output_tile, lse, lse_rest, row_deltas, key, value, arguments, b, h, i, begin, end, num_queries, num_keys, scale_log2,
                 key_strides, value_strides, TERM: tl.constexpr, LOGITS: tl.constexpr, SCORE_GRADIENT: tl.constexpr, KEEP: tl.constexpr,
                 HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     for start in range(begin, end, BLOCK_N):
@@ -295,7 +311,7 @@ def _query_span(grad_query_tile, query_tile, grad_output_tile, lse, row_deltas, 
         key_tile = _rows(key, j, j < num_keys, key_strides[2], key_strides[3], HEAD_DIM, BLOCK_D, MASKED)
         value_tile = _rows(value, j, j < num_keys, value_strides[2], value_strides[3], HEAD_DIM, BLOCK_D, MASKED)
         score = matmul(query_tile, tl.trans(key_tile), None, PRECISION)
-        weights = tl.exp2(LOGITS(score, term, scale_log2) - lse[:, None])
+        weights = _weights(LOGITS(score, term, scale_log2), lse[:, None], lse_rest[:, None], query_tile.dtype)
         grad_weights = matmul(grad_output_tile, tl.trans(value_tile), None, PRECISION)
         if MASKED:
             weights = tl.where(KEEP(i[:, None], j[None, :], num_keys), weights, 0.0)
@@ -304,7 +320,7 @@ def _query_span(grad_query_tile, query_tile, grad_output_tile, lse, row_deltas, 
     return grad_query_tile
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def query_gradient(query, key, value, grad_output, logsumexp, delta, grad_query, arguments, query_strides, key_strides, value_strides,
                    grad_output_strides, grad_query_strides, num_heads, group, num_queries, num_keys, scale_log2, gradient_scale,
                    TERM: tl.constexpr, LOGITS: tl.constexpr, SCORE_GRADIENT: tl.constexpr, KEEP: tl.constexpr, KEY_SPAN: tl.constexpr,
@@ -321,16 +337,16 @@ def query_gradient(query, key, value, grad_output, logsumexp, delta, grad_query,
     i = row_begin + tl.arange(0, BLOCK_M)
     valid = i < num_queries
     row = (b * num_heads + h) * num_queries
-    lse, row_deltas = _row_statistics(logsumexp + row, delta + row, i, valid)
+    lse, lse_rest, row_deltas = _row_statistics(logsumexp + row, delta + row, i, valid, query.dtype.element_ty)
     query_tile = _rows(query, i, valid, query_strides[2], query_strides[3], HEAD_DIM, BLOCK_D, True)
     grad_output_tile = _rows(grad_output, i, valid, grad_output_strides[2], grad_output_strides[3], HEAD_DIM, BLOCK_D, True)
     grad_query_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, full, end = KEY_SPAN(row_begin, row_begin + BLOCK_M, num_keys, BLOCK_N)
     grad_query_tile = _query_span(
-        grad_query_tile, query_tile, grad_output_tile, lse, row_deltas, key, value, arguments, b, h, i, begin, full, num_queries, num_keys, scale_log2,
+        grad_query_tile, query_tile, grad_output_tile, lse, lse_rest, row_deltas, key, value, arguments, b, h, i, begin, full, num_queries, num_keys, scale_log2,
         key_strides, value_strides, TERM, LOGITS, SCORE_GRADIENT, KEEP, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, False)
     grad_query_tile = _query_span(
-        grad_query_tile, query_tile, grad_output_tile, lse, row_deltas, key, value, arguments, b, h, i, full, end, num_queries, num_keys, scale_log2,
+        grad_query_tile, query_tile, grad_output_tile, lse, lse_rest, row_deltas, key, value, arguments, b, h, i, full, end, num_queries, num_keys, scale_log2,
         key_strides, value_strides, TERM, LOGITS, SCORE_GRADIENT, KEEP, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, True)
     grad_query += b * grad_query_strides[0] + h * grad_query_strides[1]
     _store_rows(grad_query, grad_query_tile * gradient_scale, i, valid, grad_query_strides[2], grad_query_strides[3], HEAD_DIM, BLOCK_D)
@@ -353,11 +369,11 @@ def parameter_gradient(query, key, value, grad_output, logsumexp, delta, destina
         b = place_b.to(tl.int64)
         h = place_h.to(tl.int64)
         row = (b * num_heads + h) * num_tokens
-        lse, row_deltas = _row_statistics(logsumexp + row, delta + row, i, i_valid)
+        lse, lse_rest, row_deltas = _row_statistics(logsumexp + row, delta + row, i, i_valid, query.dtype.element_ty)
         query_tile = _rows(query + b * query_strides[0] + h * query_strides[1], i, i_valid, query_strides[2], query_strides[3], HEAD_DIM, BLOCK_D, True)
         key_tile = _rows(key + b * key_strides[0] + h * key_strides[1], j, j_valid, key_strides[2], key_strides[3], HEAD_DIM, BLOCK_D, True)
         score = matmul(query_tile, tl.trans(key_tile), None, PRECISION)
-        weights = tl.exp2(LOGITS(score, term, scale_log2) - lse[:, None])
+        weights = _weights(LOGITS(score, term, scale_log2), lse[:, None], lse_rest[:, None], query_tile.dtype)
         grad_output_tile = _rows(grad_output + b * grad_output_strides[0] + h * grad_output_strides[1], i, i_valid, grad_output_strides[2],
                                  grad_output_strides[3], HEAD_DIM, BLOCK_D, True)
         value_tile = _rows(value + b * value_strides[0] + h * value_strides[1], j, j_valid, value_strides[2], value_strides[3], HEAD_DIM, BLOCK_D, True)
