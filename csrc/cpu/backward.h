@@ -76,20 +76,18 @@ EFFATTN_INLINE void multiply_panels(const typename Arithmetic::Word* rows, ptrdi
   }
 }
 
-struct RowStatistics {
-  float logsumexp;  // natural logarithm; +inf for a row with nothing to attend to, so that P = exp2(-inf) = 0
-  float delta;      // dO . O
-};
+// A row with nothing to attend to gets P = exp2(-inf) = 0.
+EFFATTN_INLINE float usable_logsumexp(float logsumexp) { return logsumexp == -INFINITY ? INFINITY : logsumexp; }
 
-inline RowStatistics row_statistics(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rotation) {
-  const int64_t queries = arguments.query.size[2], head_dim = arguments.query.size[3], padded = round_up(head_dim, kLanes), token = row + rotation;
+// dO . O of one row.
+inline float row_delta(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rotation) {
+  const int64_t head_dim = arguments.query.size[3], padded = round_up(head_dim, kLanes);
   alignas(64) float output[kMaxHeadDim], gradient[kMaxHeadDim];
   row_to_float(output, matrix_at(arguments.output, batch, head, 0, rotation), row, head_dim, padded);
   row_to_float(gradient, matrix_at(arguments.grad_output, batch, head, 0, rotation), row, head_dim, padded);
   Vec sum = {};
   for (int64_t c = 0; c < padded; c += kLanes) sum = fma(load(output + c), load(gradient + c), sum);
-  const float total = arguments.logsumexp[(batch * arguments.query.size[1] + head) * queries + (token < queries ? token : token - queries)];
-  return {total == -INFINITY ? INFINITY : total, reduce_add(sum)};
+  return reduce_add(sum);
 }
 
 // The parameter gradient of families that have none.
@@ -136,12 +134,12 @@ class Backward {
         policy_(shared.forward, shared.parameters),
         sink_(policy_, shared.sink),
         queries_(arguments_.query.size[2]),
-        keys_(arguments_.key.size[2]),
         head_dim_(arguments_.query.size[3]),
         depth_(words<Arithmetic>(head_dim_)),
         row_pitch_(round_up(depth_, kLanes)),
         pitch_(round_up(head_dim_, kLanes)),
-        padded_queries_(round_up(queries_, kTileRows)) {
+        padded_queries_(round_up(queries_, kTileRows)),
+        whole_rows_(shared.chunks.blocks == 1) {
     int64_t longest = 0;
     for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk) longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
     BackwardScratch& scratch = backward_scratch();
@@ -165,13 +163,14 @@ class Backward {
     grad_query_ = grad_value_ + key_rows;
 
     constexpr int64_t kTile = kBackwardQueries * kTilePitch + kLanes;
-    scores_ = scratch.tiles.template reserve<float>(2 * kTile + (kPair == 1 ? 0 : 3 * kTile));
+    scores_ = scratch.tiles.template reserve<float>(2 * kTile + kTileRows * kTilePitch + (kPair == 1 ? 0 : 3 * kTile));
     grad_scores_ = scores_ + kTile;
+    weights_ = grad_scores_ + kTile;
     if constexpr (kPair == 1) {
       weights_by_key_ = scores_;
       grad_scores_by_key_ = grad_scores_by_query_ = grad_scores_;
     } else {
-      weights_by_key_ = reinterpret_cast<Word*>(grad_scores_ + kTile);
+      weights_by_key_ = reinterpret_cast<Word*>(weights_ + kTileRows * kTilePitch);
       grad_scores_by_key_ = weights_by_key_ + kTile;
       grad_scores_by_query_ = grad_scores_by_key_ + kTile;
     }
@@ -244,10 +243,11 @@ class Backward {
       pack_natural<Arithmetic>(query_natural_, pitch_, query, queries_, head_dim_);
       pack_natural<Arithmetic>(grad_output_natural_, pitch_, grad_output, queries_, head_dim_);
     }
+    const float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * queries_;
     for (int64_t r = 0; r < queries_; ++r) {
-      const RowStatistics statistics = row_statistics(arguments_, batch, head, r, rotation);
-      logsumexp_[r] = statistics.logsumexp;
-      delta_[r] = statistics.delta;
+      const int64_t token = r + rotation < queries_ ? r + rotation : r + rotation - queries_;
+      logsumexp_[r] = usable_logsumexp(logsumexp[token]);
+      if (!whole_rows_) delta_[r] = row_delta(arguments_, batch, head, r, rotation);
     }
     for (int64_t r = queries_; r < padded_queries_; ++r) {
       logsumexp_[r] = INFINITY;
@@ -288,11 +288,54 @@ class Backward {
     const int64_t vectors = (count + kLanes - 1) / kLanes;
     const int64_t plain_keys = smaller(policy_.plain_keys(row + r) - key, count);
     const int64_t plain = plain_keys <= 0 ? 0 : plain_keys / kLanes;
-    if (plain > 0) differentiate_vectors<true>(row, r, key, count, 0, plain);
-    if (plain < vectors) differentiate_vectors<false>(row, r, key, count, plain, vectors);
+    if (whole_rows_) {
+      Vec sum[kTileRows] = {}, product[kTileRows] = {};
+      if (plain > 0) weigh<true>(row, r, key, count, 0, plain, sum, product);
+      if (plain < vectors) weigh<false>(row, r, key, count, plain, vectors, sum, product);
+      for (int i = 0; i < kTileRows; ++i) {
+        const float total = reduce_add(sum[i]);
+        inverse_[i] = total > 0.f ? 1.f / total : 0.f;
+        delta_[row + r + i] = reduce_add(product[i]) * inverse_[i];
+      }
+      if (plain > 0) differentiate_vectors<true, true>(row, r, key, count, 0, plain);
+      if (plain < vectors) differentiate_vectors<false, true>(row, r, key, count, plain, vectors);
+    } else {
+      if (plain > 0) differentiate_vectors<true, false>(row, r, key, count, 0, plain);
+      if (plain < vectors) differentiate_vectors<false, false>(row, r, key, count, plain, vectors);
+    }
   }
 
+  template <bool kPlain, class Tile>
+  EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, Vec slope, int i, int64_t v, Vec logsumexp, int64_t limit) const {
+    Vec logit = Family::kMultiplies ? score * slope : tile.transform(score, i, v);
+    if constexpr (!kPlain) logit = select(first_lanes(limit - v * kLanes), logit, broadcast(-INFINITY));
+    return exp2<Arithmetic::kExp2Degree>(fma(logsumexp, broadcast(-kLog2E), logit));  // one rounding of the difference, not two
+  }
+
+  // Where one block holds all keys of a row, P is normalised here and delta is the sum of P * dP: the rounding of logsumexp cancels, and dLogit sums to 0.
   template <bool kPlain>
+  __attribute__((noinline)) void weigh(int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last, Vec* sums, Vec* products) {
+    const auto tile = policy_.template tile<kPlain>(row + r, key);
+    for (int i = 0; i < kTileRows; ++i) {
+      const float* scores = scores_ + (r + i) * kTilePitch;
+      const float* grad_scores = grad_scores_ + (r + i) * kTilePitch;
+      float* weights = weights_ + i * kTilePitch;
+      const Vec logsumexp = broadcast(logsumexp_[row + r + i]);
+      const int64_t limit = smaller(policy_.key_limit(row + r + i) - key, count);
+      Vec sum = sums[i], product = products[i];
+      for (int64_t v = first; v < last; ++v) {
+        const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i, v) : Vec{};
+        const Vec w = weight<kPlain>(tile, load(scores + v * kLanes), slope, i, v, logsumexp, limit);
+        store(weights + v * kLanes, w);
+        sum += w;
+        product = fma(w, load(grad_scores + v * kLanes), product);
+      }
+      sums[i] = sum;
+      products[i] = product;
+    }
+  }
+
+  template <bool kPlain, bool kWeighed>
   __attribute__((noinline)) void differentiate_vectors(int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last) {
     const auto tile = policy_.template tile<kPlain>(row + r, key);
     for (int i = 0; i < kTileRows; i += kPair) {
@@ -301,25 +344,24 @@ class Backward {
       Vec total[kPair], delta[kPair];
       int64_t limit[kPair];
       EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
-        total[p] = broadcast(logsumexp_[row + r + i + p]);
+        total[p] = broadcast(kWeighed ? inverse_[i + p] : logsumexp_[row + r + i + p]);
         delta[p] = broadcast(delta_[row + r + i + p]);
         limit[p] = smaller(policy_.key_limit(row + r + i + p) - key, count);
       }
       for (int64_t v = first; v < last; ++v) {
-        Vec weight[kPair], grad_score[kPair];
+        Vec w[kPair], grad_score[kPair];
         EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
           const int64_t at = p * kTilePitch + v * kLanes;
           const Vec score = load(scores + at);
           const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i + p, v) : Vec{};
-          Vec logit = Family::kMultiplies ? score * slope : tile.transform(score, i + p, v);
-          if constexpr (!kPlain) logit = select(first_lanes(limit[p] - v * kLanes), logit, broadcast(-INFINITY));
-          weight[p] = exp2<Arithmetic::kExp2Degree>(fma(total[p], broadcast(-kLog2E), logit));  // one rounding of the difference, not two
-          const Vec grad_logit = weight[p] * (load(grad_scores + at) - delta[p]);
+          if constexpr (kWeighed) w[p] = load(weights_ + i * kTilePitch + at) * total[p];
+          else w[p] = weight<kPlain>(tile, score, slope, i + p, v, total[p], limit[p]);
+          const Vec grad_logit = w[p] * (load(grad_scores + at) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
           if constexpr (Sink::kActive) sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
           if constexpr (kPair == 1) {
-            store(scores + at, weight[p]);
+            store(scores + at, w[p]);
             store(grad_scores + at, grad_score[p]);
           } else {
             store_float(reinterpret_cast<bfloat16*>(grad_scores_by_query_) + (r + i) * kTilePitch + at, grad_score[p]);
@@ -327,7 +369,7 @@ class Backward {
         }
         if constexpr (kPair == 2) {
           const int64_t at = (r + i) / 2 * kTilePitch + v * kLanes;
-          store_pair<Arithmetic>(weights_by_key_ + at, weight[0], weight[1]);
+          store_pair<Arithmetic>(weights_by_key_ + at, w[0], w[1]);
           store_pair<Arithmetic>(grad_scores_by_key_ + at, grad_score[0], grad_score[1]);
         }
       }
@@ -338,7 +380,8 @@ class Backward {
   const AttentionBackward& arguments_;
   Policy policy_;
   Sink sink_;
-  const int64_t queries_, keys_, head_dim_, depth_, row_pitch_, pitch_, padded_queries_;
+  const int64_t queries_, head_dim_, depth_, row_pitch_, pitch_, padded_queries_;
+  const bool whole_rows_;
   int64_t first_key_ = 0, chunk_keys_ = 0, key_gradient_floats_ = 0;
   Word* keys_transposed_;
   Word* values_transposed_;
@@ -357,6 +400,8 @@ class Backward {
   float* grad_query_;
   float* scores_;
   float* grad_scores_;
+  float* weights_;
+  float inverse_[kTileRows];
 };
 
 template <class Arithmetic, class Family>

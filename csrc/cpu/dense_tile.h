@@ -55,6 +55,13 @@ class DenseTile {
   EFFATTN_INLINE Rows<kPlain> rows(int64_t row, int64_t key) const {
     Rows<kPlain> rows;
     EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) rows.row[r] = base_ + (smaller(row + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
+    // The next six rows: too far apart for the hardware prefetcher.
+    if (in_place_) {
+      EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        const float* next = base_ + (smaller(row + kTileRows + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
+        EFFATTN_UNROLL for (int c = 0; c < kTileColumns; c += 16) __builtin_prefetch(next + c);
+      }
+    }
     rows.keys = end_key_ - key;
     return rows;
   }

@@ -30,6 +30,7 @@ template <class Arithmetic, class Policy>
 class Forward {
   using Word = typename Arithmetic::Word;
   static constexpr bool kPairs = Arithmetic::kPerWord == 2;
+  static constexpr int kScoreVectors = kChainedVectors<Arithmetic>;
   static constexpr int64_t kWeightPitch = kKeyBlock / Arithmetic::kPerWord;
 
  public:
@@ -136,7 +137,8 @@ class Forward {
       const Word* panel = packed_keys_ + (key + column) * depth_;
       for (int64_t r = 0; r < padded_rows; r += kTileRows) {
         const bool plain = key + column + vectors * kLanes <= policy_.plain_keys(row + r);
-        score_vectors<kTileVectors>(vectors, plain, row, r, key, column, panel, width);
+        for (int64_t v = 0; v < vectors; v += kScoreVectors)
+          score_vectors<kScoreVectors>(smaller(kScoreVectors, vectors - v), plain, row, r, key, column + v * kLanes, panel + v * kLanes, width);
       }
     }
   }
@@ -158,7 +160,7 @@ class Forward {
     float* scores = scores_ + r * kKeyBlock + column;
     float* row_max = row_max_ + r * kLanes;
     const auto tile = policy_.template tile<kPlain>(row + r, key + column);
-    multiply_tile<Arithmetic, kVectors>(
+    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>>(
         packed_queries_ + r * query_pitch_, query_pitch_, 1, panel, width, depth_, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             Vec best = load(row_max + i * kLanes);

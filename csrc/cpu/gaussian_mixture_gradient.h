@@ -112,7 +112,7 @@ struct MixtureReduction {
         moment += profile[y] * row_moment;
       }
       gradient.alpha[k * heads + head] = static_cast<float>(scale * sum);
-      // Without the guard, 0 / 0 where sigma = eps = 0: the gradient with respect to sigma is even in nothing and its limit is 0.
+      // At sigma = eps = 0 every G_k off the diagonal is 0 and so is its derivative; the formula would say 0 / 0.
       gradient.sigma[k * heads + head] = static_cast<float>(moment == 0.0 ? 0.0 : scale * alpha * moment * sigma / (variance * variance));
     }
   }

@@ -37,24 +37,41 @@ struct BFloat16Pair {
 #define EFFATTN_HAS_BFLOAT16_DOT 0
 #endif
 
+// Sums in two interleaved chains, even and odd steps: halves the squared rounding error of a long sum. With half the vectors per tile it needs the same
+// registers, and on AVX-512 the same time, for a step still has fewer loads than multiply-adds to wait for; narrower machines are bound by the loads.
+template <class Arithmetic>
+inline constexpr int kChains = Arithmetic::kPerWord == 1 && kTileVectors * kLanes == 64 ? 2 : 1;
+template <class Arithmetic>
+inline constexpr int kChainedVectors = kTileVectors / kChains<Arithmetic>;
+
 // epilogue(Vec (&accumulator)[kTileRows][kVectors])
-template <class Arithmetic, int kVectors, class Epilogue>
+template <class Arithmetic, int kVectors, int kSums = 1, class Epilogue>
 EFFATTN_INLINE void multiply_tile(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Arithmetic::Word* b, ptrdiff_t b_step,
     ptrdiff_t steps, Epilogue&& epilogue) {
   Vec accumulator[kTileRows][kVectors] = {};
   const typename Arithmetic::Word* a3 = a + 3 * a_row;
-#pragma GCC unroll 1
-  for (ptrdiff_t step = 0; step < steps; ++step) {
+  const auto step_into = [&](Vec(&sum)[kTileRows][kVectors]) __attribute__((always_inline)) {
     typename Arithmetic::Operand columns[kVectors];
     EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) columns[v] = Arithmetic::load_words(b + v * kLanes);
     EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
       const auto row = Arithmetic::broadcast_word(r < 3 ? a + r * a_row : a3 + (r - 3) * a_row);
-      EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) accumulator[r][v] = Arithmetic::multiply_add(row, columns[v], accumulator[r][v]);
+      EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = Arithmetic::multiply_add(row, columns[v], sum[r][v]);
     }
     a += a_step;
     a3 += a_step;
     b += b_step;
+  };
+  if constexpr (kSums == 2) {
+    Vec odd[kTileRows][kVectors] = {};
+#pragma GCC unroll 1
+    for (; steps >= 2; steps -= 2) {
+      step_into(accumulator);
+      step_into(odd);
+    }
+    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) { EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) accumulator[r][v] += odd[r][v]; }
   }
+#pragma GCC unroll 1
+  for (; steps > 0; --steps) step_into(accumulator);
   epilogue(accumulator);
 }
 

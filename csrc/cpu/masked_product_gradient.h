@@ -84,8 +84,8 @@ class WeightGradient {
   void accumulate(int64_t batch, int64_t head, int64_t row, int64_t r, int64_t rows, int64_t key, int64_t count) {
     const auto tile = policy_.template tile<false>(row + r, key);
     for (int64_t i = 0; i < rows; ++i) {
-      const RowStatistics statistics = row_statistics(arguments_, batch, head, row + r + i, 0);
-      const Vec total = broadcast(statistics.logsumexp), delta = broadcast(statistics.delta);
+      const float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens_;
+      const Vec total = broadcast(usable_logsumexp(logsumexp[row + r + i])), delta = broadcast(row_delta(arguments_, batch, head, row + r + i, 0));
       const int64_t at = (r + i) * kTilePitch;
       for (int64_t v = 0; v * kLanes < count; ++v) {
         const Vec score = load(scores_ + at + v * kLanes);
