@@ -31,6 +31,8 @@ class Forward {
   using Word = typename Arithmetic::Word;
   static constexpr bool kPairs = Arithmetic::kPerWord == 2;
   static constexpr int kScoreVectors = kChainedVectors<Arithmetic>;
+  static constexpr int64_t kSummed = kPairs ? kKeyBlock : 128;  // keys summed in one register before they meet the earlier ones: bounds rounding
+  static constexpr float kNoCorrection[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
   static constexpr int64_t kWeightPitch = kKeyBlock / Arithmetic::kPerWord;
 
  public:
@@ -117,10 +119,15 @@ class Forward {
         const int64_t steps = words<Arithmetic>(count);
         for_each_column_tile(value_pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
           float* output = output_ + r * value_pitch_ + column;
-          if (key == 0)
-            output_tile<vectors.value, true>(weights, values + column, steps, output, correction);
-          else
-            output_tile<vectors.value, false>(weights, values + column, steps, output, correction);
+          const float* factor = correction;
+          for (int64_t first = 0; first < steps; first += kSummed) {
+            const Word* from = values + first * value_pitch_ + column;
+            if (key == 0 && first == 0)
+              output_tile<vectors.value, true>(weights, from, smaller(kSummed, steps), output, correction);
+            else
+              output_tile<vectors.value, false>(weights + first, from, smaller(kSummed, steps - first), output, factor);
+            factor = kNoCorrection;
+          }
         });
       }
     }
