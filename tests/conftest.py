@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of one process must not starve another's
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 os.environ.pop("EFFATTN_BACKEND", None)
 
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 
 _common = {
@@ -56,14 +60,25 @@ def _same_start():
     torch.set_num_threads(THREADS)
 
 
+def _fill_malloc_with(byte: int) -> None:
+    """Make glibc fill what it hands out with ``byte`` (0: leave it as it is)."""
+    if sys.platform == "linux":
+        m_perturb = -6
+        assert ctypes.CDLL(None).mallopt(m_perturb, byte ^ 0xFF if byte else 0) == 1
+
+
 @pytest.fixture
 def poisoned_empty():
-    """Memory from ``torch.empty`` is filled with NaN, also inside kernels: reading before writing shows."""
+    """Fresh memory is NaN from ``torch.empty`` and 3e38 inside C++, whose allocations torch does not fill."""
+    _fill_malloc_with(0x7F)
+    if sys.platform == "linux":
+        assert (torch.empty(1000, dtype=torch.uint8) == 0x7F).float().mean() > 0.9
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    _fill_malloc_with(0)
 
 
 @pytest.fixture

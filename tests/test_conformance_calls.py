@@ -39,8 +39,8 @@ def bad_calls():
             yield pytest.param(case, change, exception, message, id=f"{case}-{why}")
 
 
-@pytest.mark.parametrize("case, change, exception, message", bad_calls())
-@pytest.mark.parametrize("backend", ("auto", "cpu", "reference"))
+@pytest.mark.parametrize(("case", "change", "exception", "message"), bad_calls())
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 def test_bad_argument_is_named_before_anything_runs(case, change, exception, message, backend):
     if backend != "auto":
         require(case.op, backend)
@@ -80,7 +80,7 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-@pytest.mark.parametrize("backend", ("cpu", "triton"))
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("feature", UNSERVED)
 def test_explicit_backend_never_falls_back(case, backend, feature, no_reference):
     require(case.op, backend)
@@ -106,7 +106,7 @@ def test_backend_without_a_kernel_for_the_operator_says_so(case):
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
-@pytest.mark.parametrize("feature", ("float64", "head_dim 257"))
+@pytest.mark.parametrize("feature", ["float64", "head_dim 257"])
 def test_auto_serves_what_no_kernel_serves(case, feature):
     call = UNSERVED[feature][0](arguments(case))
     if "attn_mask" in call:
@@ -163,7 +163,8 @@ def test_explain_prints_every_backend_and_launches_nothing(case, backend, capsys
     assert [line.startswith(" -> ") for line in lines[1:]].count(True) == 1
     assert re.search(rf"^ -> {backend} +ok ", printed, re.MULTILINE)
     for line, verdict in zip(lines[1:], explanation.verdicts):
-        assert verdict.reason and line.endswith(verdict.reason)
+        assert verdict.reason
+        assert line.endswith(verdict.reason)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)

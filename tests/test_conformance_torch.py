@@ -166,7 +166,7 @@ def test_export_leaves_the_batch_open(case, backend):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=("bfloat16", "float16"))
 def test_autocast_computes_in_its_dtype(case, backend, dtype):
     tensors, options, grad_output = sample(case, backend)
     if dtype == torch.float16 and backend == "triton":

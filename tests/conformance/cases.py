@@ -340,7 +340,7 @@ def all_cases() -> list[Case]:
 
 def case_and_backend(*, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Parametrise over every case of every registered operator x every backend in its row of the registry."""
-    return pytest.mark.parametrize("case, backend", list(_pairs(without)))
+    return pytest.mark.parametrize(("case", "backend"), list(_pairs(without)))
 
 
 def _pairs(without: tuple[str, ...]) -> Iterator:

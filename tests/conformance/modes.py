@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +26,7 @@ class GuardedAllocations(TorchDispatchMode):
     """Every allocation is the middle of a larger one filled with NaN; ``assert_intact`` finds writes beside it."""
 
     GUARD = 256
-    ALLOCATORS = {
+    ALLOCATORS: ClassVar = {
         torch.ops.aten.empty.memory_format,
         torch.ops.aten.empty_strided.default,
         torch.ops.aten.empty_like.default,

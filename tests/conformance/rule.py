@@ -56,19 +56,19 @@ def measure(case, tensors: dict[str, Tensor], options: dict, backend: str, grad_
     low = run(case, tensors, options, "reference", grad_output)
     exact_grad = None if grad_output is None else grad_output.double()
     ref = run(case, in_double(tensors), options, "reference", exact_grad)
-    one_key = exact_grad is not None and tensors["key"].shape[2] == 1
-    floor = _rounding_of_one_key(in_double(tensors), exact_grad) if one_key else 0.0
+    terms = 0.0 if exact_grad is None else _cancelling_terms(in_double(tensors), exact_grad)
 
-    def compare(what, ours, eager, exact, like, floor=0.0):
-        assert ours.shape == like.shape and ours.dtype == like.dtype, what
+    def compare(what, ours, eager, exact, like):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype), what
         assert not ours.isnan().any(), f"{what} has NaN"
-        return Measured(_largest(ours.double() - exact), _largest(eager.double() - exact), _largest(exact), floor)
+        largest = _largest(exact)
+        vanishes = what != "output" and largest <= 1e-12 * terms
+        floor = torch.finfo(torch.float32).eps * terms if vanishes else 0.0
+        return Measured(_largest(ours.double() - exact), _largest(eager.double() - exact), largest, floor)
 
     found = {"output": compare("output", got.output, low.output, ref.output, tensors["query"])}
     for name, gradient in got.gradients.items():
-        found[f"gradient of {name}"] = compare(
-            name, gradient, low.gradients[name], ref.gradients[name], tensors[name], floor
-        )
+        found[f"gradient of {name}"] = compare(name, gradient, low.gradients[name], ref.gradients[name], tensors[name])
     return found
 
 
@@ -102,19 +102,20 @@ def _over_budget(found: dict[str, Measured], dtype: torch.dtype) -> list[str]:
     return messages
 
 
-def _rounding_of_one_key(tensors: dict[str, Tensor], grad_output: Tensor) -> float:
-    """With one key the weight is 1 whatever the logit, so gradients through the logit vanish identically.
+def _cancelling_terms(tensors: dict[str, Tensor], grad_output: Tensor) -> float:
+    """Size of the terms whose difference dO V^T - dO . O makes a gradient through the logits.
 
-    Eager's are exactly 0; a kernel that recomputes dO V^T - dO . O is left with the float32 rounding of that difference.
+    With a single key, or keys that all hold the same value, that difference and so the gradient vanishes identically.
+    Eager's may then be exactly 0; a kernel that recomputes the terms is left with their float32 rounding.
     """
-    batch, _, _, head_dim = tensors["query"].shape
-    if not grad_output.numel():
+    batch, _, tokens, head_dim = tensors["query"].shape
+    if not grad_output.numel() or not tensors["key"].numel():
         return 0.0
     terms = grad_output.abs().sum(-1).max() * tensors["value"].abs().max() * head_dim**-0.5
     for name, tensor in tensors.items():
         if name not in ("value", "attn_mask"):
             terms = terms * tensor.abs().max().clamp_min(1.0)
-    return batch * torch.finfo(torch.float32).eps * terms.item()
+    return (batch * tokens) ** 0.5 * terms.item()
 
 
 def assert_same_bits(got: Result, wanted: Result) -> None:
