@@ -201,8 +201,10 @@ def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str,
         count = max(1, math.ceil(SHORTEST_SAMPLE / seconds)) if device == "cpu" else 1
         share = effort.seconds / len(calls) / (seconds * count)
         plan[name] = count, max(effort.fewest, min(effort.rounds, int(share)))
-    samples = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    if not names:
+        return samples
     gc.collect()
     gc.disable()
     try:

@@ -1,0 +1,181 @@
+"""The benchmark itself: what it measures is what it says, and it leaves nothing half written."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+from effattn.bench import accuracy, cli, memory, photographs, report, runner
+from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
+
+import effattn
+
+CASES = [
+    pytest.param(family, case, id=f"{case.operator} {case.name}")
+    for family in families().values()
+    for case in family.cases
+]
+
+
+def small(case):
+    """The same case on a few tokens."""
+    grid = (3, 4) if case.grid else ()
+    tokens = case.num_prefix_tokens + 12
+    return dataclasses.replace(case, batch=2, heads=3, head_dim=8, grid=grid, tokens=tokens)
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_every_contender_computes_the_case(family, case, direction):
+    case = small(case)
+    operator = family.operators[case.operator]
+    inputs = operator.inputs(case, torch.float32, "cpu").leaves(gradients=direction == BACKWARD)
+    heads, expected = operator.expected(case, inputs)
+    assert heads == [0, 1, 2]
+    for contender in operator.contenders:
+        if contender.exact and not contender.compiles:
+            output = runner.prepare(contender, case, inputs, direction)()
+            torch.testing.assert_close(output.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_contender_that_is_wrong_is_not_timed():
+    family = families()["attention"]
+    case = small(next(case for case in family.cases if case.operator == "plain"))
+    off = Contender("off", lambda case, inputs, training: lambda: inputs.value + 1)
+    family = family._replace(operators={"plain": family.operators["plain"]._replace(contenders=(off,))})
+    row = runner.run_row(family, case, torch.float32, FORWARD, runner.QUICK)
+    assert row.results["off"].note.startswith("wrong")
+    assert row.results["off"].ms == 0.0
+
+
+def test_a_row_has_ratios_memory_and_errors():
+    family = families()["gaussian_mixture"]
+    row = runner.run_row(
+        family, small(family.cases[0]), torch.float32, BACKWARD, runner.Effort(0.05, 4, 3), only=(OURS, "eager")
+    )
+    ours, eager = row.results[OURS], row.results["eager"]
+    assert ours.samples >= 3
+    assert ours.quartiles[0] <= ours.ms <= ours.quartiles[1]
+    assert row.ratio("eager") == pytest.approx(eager.ms / ours.ms)
+    assert row.ratio("flex") is None
+    assert ours.error < 1e-4
+
+
+def test_medians_and_quartiles():
+    assert runner._quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
+    assert runner._quantile([1.0, 2.0], 0.25) == 1.25
+
+
+def test_slow_contenders_take_part_in_fewer_rounds_and_quick_ones_in_all():
+    calls = {"quick": (lambda: None, 0.0), "slow": (lambda: time.sleep(0.02), 0.02)}
+    samples = runner._interleave(calls, runner.Effort(0.1, 10, 2), "cpu", lambda step: None)
+    assert len(samples["quick"]) == 10
+    assert len(samples["slow"]) == 2
+    assert min(samples["slow"]) >= 0.02 > max(samples["quick"])
+
+
+def test_causal_counts_half_the_work():
+    family = families()["attention"]
+    causal = next(case for case in family.cases if case.operator == "causal")
+    plain = dataclasses.replace(causal, operator="plain")
+    n = causal.tokens
+    assert flops(family, causal, FORWARD) == pytest.approx(flops(family, plain, FORWARD) * (n + 1) / (2 * n))
+    assert flops(family, plain, BACKWARD) == 3.5 * flops(family, plain, FORWARD)
+
+
+def test_peak_memory_sees_what_a_call_allocates_and_frees():
+    if memory.peak_extra(lambda: None) is None:
+        pytest.skip("no resident set to read here")
+    peak = memory.peak_extra(lambda: torch.ones(16 << 20).sum())
+    assert 64e6 <= peak <= 80e6
+
+
+@pytest.mark.skipif(bool(photographs.missing()), reason=photographs.missing() or "-")
+def test_tokens_of_photographs_are_laid_out_as_a_model_leaves_them():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = photographs.query_key_value(3, 2, 1 + 14 * 14, 8, (14, 14), 1, generator, torch.float32, "cpu")
+    assert q.shape == (3, 2, 197, 8)
+    assert q.stride() == k.stride() == v.stride() == (197 * 48, 8, 48, 1)
+    assert k.data_ptr() - q.data_ptr() == 2 * 8 * 4
+    # Neighbouring patches resemble each other more than far ones, which random tokens would not.
+    grid = q[0, :, 1:].unflatten(1, (14, 14))
+    neighbours = torch.cosine_similarity(grid[:, :, 1:], grid[:, :, :-1], dim=-1).mean()
+    strangers = torch.cosine_similarity(grid[:, :, 7:], grid[:, :, :7], dim=-1).mean()
+    assert neighbours > strangers + 0.1
+
+
+def test_the_command_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
+    family = families()["gaussian_mixture"]
+    shrunk = family._replace(cases=tuple(small(case) for case in family.cases[:1]))
+    monkeypatch.setattr(cli, "families", lambda: {"gaussian_mixture": shrunk})
+    monkeypatch.setattr(cli.overhead, "call_overhead", lambda: {cli.asked.STOCK: 1.0})
+    monkeypatch.setattr(cli.overhead, "import_time", lambda repeats: 1.0)
+    monkeypatch.setattr(cli, "FULL", runner.Effort(0.05, 4, 3))
+    files = tmp_path / "run.json", tmp_path / "run.png"
+    threads = torch.get_num_threads()
+    try:
+        status = cli.main(
+            [
+                "--dtype",
+                "float32",
+                "--only",
+                OURS,
+                "eager",
+                "unmasked sdpa",
+                "--json",
+                str(files[0]),
+                "--plot",
+                str(files[1]),
+            ]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
+    rows = json.loads(files[0].read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["forward", "forward+backward"]
+    assert rows[0]["results"]["eager"]["ratio_to_effattn"] > 0
+    assert files[1].read_bytes()[:4] == b"\x89PNG"
+    assert "gaussian_mixture, forward, fp32" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "run.json"
+    target.write_text("old")
+
+    def interrupted(name):
+        with open(name, "w") as file:
+            file.write("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.write_atomically(str(target), interrupted)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("arguments", [["retention"], ["--threads", "0"], ["--case", "no such case"]])
+def test_arguments_that_fit_nothing_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not effattn._native.loaded, reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_operator_keeps_its_accuracy_budget(dtype):
+    entries = accuracy.measure("cpu", dtypes=[dtype])
+    assert {entry.operator for entry in entries} >= {"gaussian_mixture_attention", "scaled_dot_product_attention"}
+    assert [entry for entry in entries if entry.used > 1] == []
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_an_operator_out_of_its_budget_is_seen(factor):
+    honest = accuracy.PROBLEMS[0]
+    problem = honest._replace(call=lambda tensors, backend: honest.call(tensors, backend) * factor)
+    (output,) = (
+        e for e in accuracy.measure("reference", dtypes=[torch.float32], problems=[problem]) if e.tensor == "output"
+    )
+    assert output.used > 1
