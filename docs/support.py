@@ -47,7 +47,7 @@ def everything_installed():
     """Ask the predicates as on a machine that lacks nothing."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(_native, "loaded", True))
-        stack.enter_context(mock.patch.object(_registry, "has_triton", lambda: True))
+        stack.enter_context(mock.patch.object(_registry, "has_triton", return_value=True))
         stack.enter_context(mock.patch.dict(os.environ))
         for name in ("TRITON_INTERPRET", "EFFATTN_BACKEND"):
             os.environ.pop(name, None)
@@ -115,7 +115,7 @@ def refusals_section() -> list[str]:
         _native._load()
         answer = _refusal(_registry.cpu_kernel, Problem("cpu", torch.float32, 64))
     lines.append(f"| no compiled library | `cpu` | {answer} |")
-    with mock.patch.object(_registry, "has_triton", lambda: False):
+    with mock.patch.object(_registry, "has_triton", return_value=False):
         answer = _refusal(_registry.triton_kernel, Problem("cuda", torch.float32, 64))
     lines.append(f"| no triton | `triton` | {answer} |")
     return lines
