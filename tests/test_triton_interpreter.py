@@ -23,7 +23,10 @@ def random(*shape, dtype=torch.float32, scale=1.0):
 
 
 def mixture_matrix(alpha, sigma, grid, prefix):
-    y, x = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n, dtype=alpha.dtype, device=alpha.device) for n in grid), indexing="ij"))
+    y, x = (
+        c.reshape(-1)
+        for c in torch.meshgrid(*(torch.arange(n, dtype=alpha.dtype, device=alpha.device) for n in grid), indexing="ij")
+    )
     r2 = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
     mixture = (alpha[..., None, None] * torch.exp(-r2 / (2 * (sigma**2 + EPS))[..., None, None])).sum(0)
     return torch.nn.functional.pad(mixture, (prefix, 0, prefix, 0), value=1.0)
@@ -40,7 +43,9 @@ def attention_formula(query, key, value, mask, is_causal, scale):
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
+        logits = (
+            logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
+        )
     attended = torch.isfinite(logits).any(-1, keepdim=True)
     weights = torch.where(attended, logits, 0).softmax(-1) * attended
     return weights @ value.repeat_interleave(group, 1), logits.logsumexp(-1)
@@ -57,7 +62,11 @@ def measure(formula, tensors, names, grad_output, got):
     for cast in (torch.Tensor.double, lambda t: t):
         leaves = [cast(t).detach().clone().requires_grad_() for t in tensors]
         output, logsumexp = formula(*leaves)
-        gradients = torch.autograd.grad(output, leaves, cast(grad_output)) if output.numel() else [torch.zeros_like(t) for t in leaves]
+        gradients = (
+            torch.autograd.grad(output, leaves, cast(grad_output))
+            if output.numel()
+            else [torch.zeros_like(t) for t in leaves]
+        )
         results.append((output.detach(), logsumexp.detach(), *gradients))
     measured = {}
     for name, ours, reference, low in zip(("output", "logsumexp", *names), got, *results):
@@ -65,7 +74,9 @@ def measure(formula, tensors, names, grad_output, got):
         finite = torch.isfinite(reference)
         assert torch.equal(ours.double()[~finite], reference[~finite]), name
         if finite.any():
-            measured[name] = tuple(t[finite].abs().max().item() for t in (ours.double() - reference, low.double() - reference, reference))
+            measured[name] = tuple(
+                t[finite].abs().max().item() for t in (ours.double() - reference, low.double() - reference, reference)
+            )
     return measured
 
 
@@ -78,8 +89,11 @@ def check(draw, run, formula, names):
         forward, gradients = run(*tensors, grad_output)
         for name, measured in measure(formula, tensors, names, grad_output, (*forward, *gradients)).items():
             pool[name] = tuple(map(max, pool.get(name, (0, 0, 0)), measured))
-        misses = [f"{name}: error {error:.3e}, eager's {low:.3e}, largest value {largest:.3e}" for name, (error, low, largest) in pool.items()
-                  if not error <= FACTORS.get(name, 3) * low + torch.finfo(dtype).eps * largest]
+        misses = [
+            f"{name}: error {error:.3e}, eager's {low:.3e}, largest value {largest:.3e}"
+            for name, (error, low, largest) in pool.items()
+            if not error <= FACTORS.get(name, 3) * low + torch.finfo(dtype).eps * largest
+        ]
         if not misses:
             return
     raise AssertionError("; ".join(misses))
@@ -88,7 +102,9 @@ def check(draw, run, formula, names):
 def run_mixture(query, key, value, alpha, sigma, grad_output, grid, prefix):
     options = (*grid, prefix, EPS, query.shape[-1] ** -0.5)
     forward = gaussian_mixture.gaussian_mixture_fwd(query, key, value, alpha, sigma, *options)
-    return forward, gaussian_mixture.gaussian_mixture_bwd(grad_output, query, key, value, alpha, sigma, *forward, *options)
+    return forward, gaussian_mixture.gaussian_mixture_bwd(
+        grad_output, query, key, value, alpha, sigma, *forward, *options
+    )
 
 
 def check_mixture(grid, prefix=0, sigma=None, **options):
@@ -101,7 +117,12 @@ def check_mixture(grid, prefix=0, sigma=None, **options):
     def formula(query, key, value, alpha, sigma):
         return product_formula(query, key, value, mixture_matrix(alpha, sigma, grid, prefix), query.shape[-1] ** -0.5)
 
-    check(draw, lambda *tensors: run_mixture(*tensors, grid, prefix), formula, ("grad_query", "grad_key", "grad_value", "grad_alpha", "grad_sigma"))
+    check(
+        draw,
+        lambda *tensors: run_mixture(*tensors, grid, prefix),
+        formula,
+        ("grad_query", "grad_key", "grad_value", "grad_alpha", "grad_sigma"),
+    )
 
 
 def mixture_tensors(grid, prefix=0, batch=2, heads=2, head_dim=16, gaussians=2, dtype=torch.float32):
@@ -124,7 +145,12 @@ def check_attention(*shape, mask=None, is_causal=False, **options):
     def formula(query, key, value):
         return attention_formula(query, key, value, mask, is_causal, query.shape[-1] ** -0.5)
 
-    check(draw, lambda *tensors: run_attention(*tensors, mask, is_causal), formula, ("grad_query", "grad_key", "grad_value"))
+    check(
+        draw,
+        lambda *tensors: run_attention(*tensors, mask, is_causal),
+        formula,
+        ("grad_query", "grad_key", "grad_value"),
+    )
 
 
 # ---------------------------------------------------------------- Gaussian mixtures
@@ -136,7 +162,9 @@ def test_mixture_equals_formula_at_any_head_dim(head_dim, dtype):
     check_mixture((5, 7), 1, batch=1, head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("grid, prefix", [((9, 8), 1), ((3, 25), 2), ((1, 70), 0), ((1, 70), 1), ((67, 1), 0), ((2, 1), 0)])
+@pytest.mark.parametrize(
+    ("grid", "prefix"), [((9, 8), 1), ((3, 25), 2), ((1, 70), 0), ((1, 70), 1), ((67, 1), 0), ((2, 1), 0)]
+)
 def test_mixture_equals_formula_on_any_grid(grid, prefix):
     check_mixture(grid, prefix, batch=1)
 
@@ -208,7 +236,9 @@ def rearranged(name, tensor):
 def test_strides_do_not_matter(layout):
     query, key, value, alpha, sigma, grad_output = mixture_tensors((5, 7), 1, head_dim=17)
     query, key, value, grad_output = (rearranged(layout, t) for t in (query, key, value, grad_output))
-    dense = run_mixture(*(t.contiguous() for t in (query, key, value)), alpha, sigma, grad_output.contiguous(), (5, 7), 1)
+    dense = run_mixture(
+        *(t.contiguous() for t in (query, key, value)), alpha, sigma, grad_output.contiguous(), (5, 7), 1
+    )
     strided = run_mixture(query, key, value, alpha, sigma, grad_output, (5, 7), 1)
     for got, expected in zip((*strided[0], *strided[1]), (*dense[0], *dense[1])):
         assert torch.equal(got, expected)
@@ -218,7 +248,10 @@ def test_strides_do_not_matter(layout):
 
 def test_neighbours_of_the_inputs_are_neither_read_nor_written():
     tensors = mixture_tensors((5, 7), 1, head_dim=24)
-    padded = [torch.full((*t.shape[:2], t.shape[2] + 6, t.shape[3] + 9), float("nan"), device=DEVICE) for t in (*tensors[:3], tensors[5])]
+    padded = [
+        torch.full((*t.shape[:2], t.shape[2] + 6, t.shape[3] + 9), float("nan"), device=DEVICE)
+        for t in (*tensors[:3], tensors[5])
+    ]
     views = [p[:, :, 3:-3, 4:-5] for p in padded]
     for view, tensor in zip(views, (*tensors[:3], tensors[5])):
         view.copy_(tensor)
@@ -250,14 +283,17 @@ def test_splits_of_the_parameter_gradient_agree(monkeypatch):
 def test_patches_cover_the_grid_and_fit_the_block(grid, block):
     tile_h, tile_w = gaussian_mixture.patch_shape(*grid, block)
     assert 1 <= tile_h * tile_w <= block
-    assert tile_h <= grid[0] and tile_w <= grid[1]
+    assert tile_h <= grid[0]
+    assert tile_w <= grid[1]
 
 
 # ---------------------------------------------------------------- element-wise learnable mask
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per-head", "shared"])
-@pytest.mark.parametrize("tokens, dtype", [(2, torch.float32), (70, torch.float32), (33, torch.bfloat16), (20, torch.float16)])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(2, torch.float32), (70, torch.float32), (33, torch.bfloat16), (20, torch.float16)]
+)
 def test_masked_product_equals_formula(tokens, shared, dtype):
     scale = 24**-0.5
 
@@ -302,11 +338,18 @@ def test_masked_product_of_an_empty_batch_has_zero_weight_gradient():
 
 
 def attention_tensors(queries, keys, heads=4, key_heads=4, head_dim=16, dtype=torch.float32):
-    return (random(2, heads, queries, head_dim, dtype=dtype), random(2, key_heads, keys, head_dim, dtype=dtype),
-            random(2, key_heads, keys, head_dim, dtype=dtype), random(2, heads, queries, head_dim, dtype=dtype))
+    return (
+        random(2, heads, queries, head_dim, dtype=dtype),
+        random(2, key_heads, keys, head_dim, dtype=dtype),
+        random(2, key_heads, keys, head_dim, dtype=dtype),
+        random(2, heads, queries, head_dim, dtype=dtype),
+    )
 
 
-@pytest.mark.parametrize("queries, keys, dtype", [(70, 33, torch.float32), (35, 70, torch.float32), (33, 34, torch.bfloat16), (35, 33, torch.float16)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "dtype"),
+    [(70, 33, torch.float32), (35, 70, torch.float32), (33, 34, torch.bfloat16), (35, 33, torch.float16)],
+)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_attention_equals_formula(queries, keys, is_causal, dtype):
     check_attention(queries, keys, heads=2, key_heads=2, dtype=dtype, is_causal=is_causal)
@@ -316,7 +359,7 @@ def test_attention_of_one_query():
     check_attention(1, 5)
 
 
-@pytest.mark.parametrize("key_heads, is_causal", [(1, False), (2, True)])
+@pytest.mark.parametrize(("key_heads", "is_causal"), [(1, False), (2, True)])
 def test_grouped_heads_share_keys_and_add_their_gradients(key_heads, is_causal):
     check_attention(33, 33, key_heads=key_heads, is_causal=is_causal)
 
@@ -324,7 +367,11 @@ def test_grouped_heads_share_keys_and_add_their_gradients(key_heads, is_causal):
 @pytest.mark.parametrize("shape", [(2, 4, 20, 35), (2, 1, 1, 35)])
 @pytest.mark.parametrize("kind", ["boolean", "additive", "additive fp32"])
 def test_masks_of_any_broadcast_shape(kind, shape):
-    mask = torch.rand(shape, device=DEVICE) > 0.3 if kind == "boolean" else random(*shape, dtype=torch.float32 if "fp32" in kind else torch.bfloat16)
+    mask = (
+        torch.rand(shape, device=DEVICE) > 0.3
+        if kind == "boolean"
+        else random(*shape, dtype=torch.float32 if "fp32" in kind else torch.bfloat16)
+    )
     check_attention(20, 35, dtype=torch.bfloat16, mask=mask.expand(2, 4, 20, 35))
 
 
@@ -343,7 +390,7 @@ def test_fully_masked_rows_give_zeros_and_zero_gradients(kind):
     check_attention(20, 40, mask=given)
 
 
-@pytest.mark.parametrize("queries, keys", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_empty_sequences(queries, keys, is_causal):
     query, key, value, grad_output = attention_tensors(queries, keys)
@@ -369,7 +416,9 @@ def test_offsets_past_two_to_the_31_elements(tmp_path, monkeypatch):
     size = (1 << 32) + 64
     if DEVICE == "cpu":
         storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
-        monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, source, *_: self)  # the interpreter copies every storage onto itself
+        monkeypatch.setattr(
+            torch.UntypedStorage, "copy_", lambda self, source, *_: self
+        )  # the interpreter copies every storage onto itself
     else:
         storage = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
     near = attention_tensors(4, 4, dtype=torch.bfloat16)

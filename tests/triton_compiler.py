@@ -17,19 +17,32 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, gaussian_mixture, tiles
+from effattn.triton_kernels import attention, configurations, gaussian_mixture
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-           "sm_120": GPUTarget("cuda", 120, 32), "cdna": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "cdna": GPUTarget("hip", "gfx942", 64),
+}
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPERATIONS = ("gaussian_mixture", "masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
+OPERATIONS = (
+    "gaussian_mixture",
+    "masked_product",
+    "attention",
+    "attention_causal",
+    "attention_boolean",
+    "attention_additive",
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
+
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -41,7 +54,9 @@ def _run(operation, dtype, head_dim):
     if operation == "gaussian_mixture":
         alpha, sigma = make(5, heads, dtype=torch.float32), make(5, heads, dtype=torch.float32)
         gaussian_mixture.gaussian_mixture_fwd(query, key, value, alpha, sigma, grid, grid, prefix, 1e-5, scale)
-        gaussian_mixture.gaussian_mixture_bwd(grad_output, query, key, value, alpha, sigma, output, logsumexp, grid, grid, prefix, 1e-5, scale)
+        gaussian_mixture.gaussian_mixture_bwd(
+            grad_output, query, key, value, alpha, sigma, output, logsumexp, grid, grid, prefix, 1e-5, scale
+        )
     elif operation == "masked_product":
         weight = make(heads, tokens, tokens, dtype=torch.float32)
         gaussian_mixture.masked_product_fwd(query, key, value, weight, scale)
@@ -49,7 +64,10 @@ def _run(operation, dtype, head_dim):
     else:
         key, value = make(batch, heads // 2, tokens, head_dim), make(batch, heads // 2, tokens, head_dim)
         kind = operation.partition("_")[2]
-        mask = {"boolean": make(batch, heads, tokens, tokens, dtype=torch.bool), "additive": make(batch, heads, tokens, tokens)}.get(kind)
+        mask = {
+            "boolean": make(batch, heads, tokens, tokens, dtype=torch.bool),
+            "additive": make(batch, heads, tokens, tokens),
+        }.get(kind)
         attention.attention_fwd(query, key, value, mask, kind == "causal", scale)
         attention.attention_bwd(grad_output, query, key, value, mask, output, logsumexp, kind == "causal", scale)
 
@@ -62,13 +80,13 @@ def record(operation, family, dtype, head_dim):
         bound = dict(zip((p.name for p in kernel.params), arguments)) | constants
         launches.append((kernel, bound, config))
 
-    originals = tiles.launch, configurations.architecture, configurations.precision
-    tiles.launch, configurations.architecture = recorder, lambda device: family
+    originals = configurations.launch, configurations.architecture, configurations.precision
+    configurations.launch, configurations.architecture = recorder, lambda device: family
     configurations.precision = lambda query: "tf32" if dtype == "tf32" else "ieee"
     try:
         _run(operation, DTYPES[dtype], head_dim)
     finally:
-        tiles.launch, configurations.architecture, configurations.precision = originals
+        configurations.launch, configurations.architecture, configurations.precision = originals
     return launches
 
 
@@ -79,7 +97,16 @@ def _specialise(path, argument, generic, constants, attributes):
         return type(argument)(*types) if hasattr(argument, "_fields") else tuple(types)
     if isinstance(argument, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
-        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}[argument.dtype]
+        return (
+            "*"
+            + {
+                torch.float32: "fp32",
+                torch.bfloat16: "bf16",
+                torch.float16: "fp16",
+                torch.int32: "i32",
+                torch.uint8: "u8",
+            }[argument.dtype]
+        )
     if isinstance(argument, float):
         return "fp32"
     if isinstance(argument, int) and not (argument == 1 and not generic):
@@ -96,7 +123,9 @@ def compile_launch(kernel, bound, config, family):
         if parameter.is_constexpr:
             constants[(n,)], signature[parameter.name] = bound[parameter.name], "constexpr"
         else:
-            signature[parameter.name] = _specialise((n,), bound[parameter.name], parameter.do_not_specialize, constants, attributes)
+            signature[parameter.name] = _specialise(
+                (n,), bound[parameter.name], parameter.do_not_specialize, constants, attributes
+            )
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=TARGETS[family], options=options)
@@ -106,9 +135,16 @@ def inspect(compiled, family):
     """Registers, local memory, shared memory and the matrix instructions of a compiled kernel, read from the binary."""
     if family == "cdna":
         assembly = compiled.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly))
-        return {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]), "spills": spills, "shared": compiled.metadata.shared,
-                "matrix": {"mfma": len(re.findall(r"v_mfma", assembly))}}
+        number = {
+            name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)
+        }  # scalar registers spill into vector ones
+        return {
+            "registers": number["vgpr_count"],
+            "spills": number["vgpr_spill_count"],
+            "local": number["private_segment_fixed_size"],
+            "shared": compiled.metadata.shared,
+            "matrix": {"mfma": len(re.findall(r"v_mfma", assembly))},
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -116,28 +152,54 @@ def inspect(compiled, family):
         sass = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"registers": number["REG"], "spills": local, "stack": number["STACK"], "local": number["LOCAL"], "shared": max(number["SHARED"], compiled.metadata.shared),
-            "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "FFMA")}}
+    return {
+        "registers": number["REG"],
+        "spills": local,
+        "stack": number["STACK"],
+        "local": number["LOCAL"],
+        "shared": max(number["SHARED"], compiled.metadata.shared),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "FFMA")},
+    }
 
 
 def work(case):
-    operation, family, dtype, head_dim, wanted = case
+    """Compile the launches of a case: operation, family, dtype, head_dim, the kernels wanted (None: all), and a configuration to force on them."""
+    operation, family, dtype, head_dim, wanted, *forced = case
+    if forced:
+        width = "single" if DTYPES[dtype] == torch.float32 else "half"
+        for kernel in wanted:
+            configurations._TABLE[family, width][kernel][configurations.block_d(head_dim)] = (
+                configurations.Configuration(*forced[0])
+            )
     results = []
+    seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):
-        if wanted and kernel.__name__ not in wanted:
+        if (wanted and kernel.__name__ not in wanted) or kernel.__name__ in seen:
             continue
+        seen.add(kernel.__name__)
         start = time.perf_counter()
         try:
             found = inspect(compile_launch(kernel, bound, config, family), family)
         except Exception as error:  # noqa: BLE001 - reported per case, the test fails on it
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        results.append({"operation": operation, "family": family, "dtype": dtype, "head_dim": head_dim, "kernel": kernel.__name__,
-                        "config": list(config), "seconds": time.perf_counter() - start, **found})
+        results.append(
+            {
+                "operation": operation,
+                "family": family,
+                "dtype": dtype,
+                "head_dim": head_dim,
+                "kernel": kernel.__name__,
+                "config": list(config),
+                "seconds": time.perf_counter() - start,
+                **found,
+            }
+        )
     return results
 
 
 def compile_cases(cases, processes=2):
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         return [result for results in pool.imap_unordered(work, cases, chunksize=1) for result in results]
 
 

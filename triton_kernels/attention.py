@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import engine, tiles
 from .tiles import LOG2E
 
 
@@ -31,8 +31,13 @@ def no_term(arguments, b, h, i, j, num_queries, num_keys):
 
 @triton.jit
 def mask_term(arguments, b, h, i, j, num_queries, num_keys):
-    pointers = (arguments.mask + b * arguments.stride_batch + h * arguments.stride_head + i.to(tl.int64) * arguments.stride_row
-                + j.to(tl.int64) * arguments.stride_column)
+    pointers = (
+        arguments.mask
+        + b * arguments.stride_batch
+        + h * arguments.stride_head
+        + i.to(tl.int64) * arguments.stride_row
+        + j.to(tl.int64) * arguments.stride_column
+    )
     return tl.load(pointers, mask=(i < num_queries) & (j < num_keys), other=0)
 
 
@@ -89,10 +94,10 @@ def _policy(attn_mask, is_causal):
 
 def attention_fwd(query, key, value, attn_mask, is_causal, scale):
     policy, arguments = _policy(attn_mask, is_causal)
-    return tiles.run_forward(policy, query, key, value, arguments, scale * LOG2E.value)
+    return engine.run_forward(policy, query, key, value, arguments, scale * LOG2E.value)
 
 
 def attention_bwd(grad_output, query, key, value, attn_mask, output, logsumexp, is_causal, scale):
     policy, arguments = _policy(attn_mask, is_causal)
-    delta = tiles.run_row_delta(output, grad_output)
-    return tiles.run_backward(policy, grad_output, query, key, value, logsumexp, delta, arguments, scale * LOG2E.value, scale)
+    inputs = (query, key, value, grad_output, logsumexp, engine.run_row_delta(output, grad_output))
+    return engine.run_backward(policy, inputs, arguments, scale * LOG2E.value, scale)

@@ -27,26 +27,42 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "cdna")
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "cdna": 65536}
 
 # Rows: kernel -> configurations for BLOCK_D up to 64, 128 and 256.
-_HALF = {
+_HALF = {  # mma.sync: 16 rows per warp
     "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
     "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
     "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
-    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+    "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(32, 32, 4, 2)),
 }
-_SINGLE = {
+_SINGLE = {  # plain FMAs, whose operands live in registers: small tiles
     "forward": (C(32, 32, 4, 2), C(16, 32, 8, 1), C(16, 32, 8, 1)),
     "key_value_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
     "query_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
     "parameter_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
 }
-_HOPPER = {  # wgmma: 64 rows per warpgroup, and columns worth its while
+_ROWS = {(family, "half"): _HALF for family in FAMILIES} | {(family, "single"): _SINGLE for family in FAMILIES}
+_ROWS["sm_90", "half"] = {  # wgmma: 64 rows per warpgroup, and columns worth its while
     "forward": (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
     "key_value_gradient": (C(64, 64, 4, 2), C(32, 128, 8, 2), C(32, 32, 8, 1)),
     "query_gradient": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2)),
     "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
 }
-_ROWS = {(family, "half"): _HALF for family in FAMILIES} | {(family, "single"): _SINGLE for family in FAMILIES}
-_ROWS["sm_90", "half"] = _HOPPER
+_ROWS["sm_100", "half"] = {  # tcgen05: as wgmma, accumulators in tensor memory
+    "forward": (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 64, 8, 1)),
+    "query_gradient": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+}
+_ROWS["sm_120", "half"] = _HALF | {"parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1))}
+_ROWS["cdna", "single"] = {  # has fp32 matrix instructions, and 512 registers a thread at 4 warps
+    "forward": (C(32, 32, 4, 2), C(16, 32, 4, 1), C(16, 32, 4, 1)),
+    "key_value_gradient": (C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 16, 4, 1)),
+    "query_gradient": (C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 16, 4, 1)),
+    "parameter_gradient": (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+}
+_ROWS["cdna", "half"] = _HALF | {
+    "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 1), C(16, 32, 8, 1)),
+    "parameter_gradient": (C(64, 64, 8, 1), C(64, 64, 8, 1), C(32, 32, 4, 1)),
+}
 _INTERPRETED = {  # few programs, since each costs milliseconds, yet more than one tile at 65 tokens
     "forward": (C(64, 32, 4, 1),) * 3,
     "key_value_gradient": (C(32, 64, 4, 1),) * 3,
@@ -64,7 +80,12 @@ _TABLE = {key: _by_block_d(rows) for key, rows in _ROWS.items()}
 
 def configurations():
     """Every tuned choice: {(family, "half" | "single", kernel, BLOCK_D): Configuration}."""
-    return {(*key, kernel, d): config for key, rows in _TABLE.items() for kernel, by_d in rows.items() for d, config in by_d.items()}
+    return {
+        (*key, kernel, d): config
+        for key, rows in _TABLE.items()
+        for kernel, by_d in rows.items()
+        for d, config in by_d.items()
+    }
 
 
 def family_of(capability):
@@ -75,7 +96,7 @@ def family_of(capability):
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}[major]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _family_of_device(index):
     return family_of(torch.cuda.get_device_capability(index))
 
@@ -101,7 +122,12 @@ def configuration(kernel, query):
 
 def precision(query):
     """fp32 matmuls are true fp32 unless torch's own switch allows TF32; 16-bit operands ignore this."""
-    if query.dtype == torch.float32 and query.is_cuda and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if (
+        query.dtype == torch.float32
+        and query.is_cuda
+        and not torch.version.hip
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    ):
         return "tf32"
     return "ieee"
 
@@ -112,4 +138,6 @@ def launch(kernel, programs, device, config, *arguments, **constants):
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        kernel[(programs,)](
+            *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
+        )

@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 
 from . import configurations as table
-from . import tiles
+from . import engine, tiles
 from .tiles import LN2, LOG2E
 
 PREFIX_CODE = tl.constexpr(1 << 29)
 LANES = tl.constexpr(256)
+SMALL = table.Configuration(LANES.value, 0, 4, 1)
 
 
 class Mixture(NamedTuple):
@@ -43,7 +44,7 @@ class Mixture(NamedTuple):
     eps: Any
 
 
-# ---------------------------------------------------------------- tables
+# ---- tables ----
 
 
 @triton.jit
@@ -54,7 +55,9 @@ def decay(sigma, eps):
 
 
 @triton.jit(do_not_specialize=["grid_h", "grid_w", "num_prefix", "num_tokens", "num_heads", "num_gaussians"])
-def build_table(arguments, grid_h, grid_w, num_prefix, num_tokens, num_heads, num_gaussians, scale_log2, LANES: tl.constexpr):
+def build_table(
+    arguments, grid_h, grid_w, num_prefix, num_tokens, num_heads, num_gaussians, scale_log2, LANES: tl.constexpr
+):
     """One program: LANES entries of one head's table; head 0 also writes the token codes."""
     blocks = tl.cdiv(tl.maximum(arguments.table_stride, num_tokens), LANES)
     h = tl.program_id(0) // blocks
@@ -75,21 +78,7 @@ def build_table(arguments, grid_h, grid_w, num_prefix, num_tokens, num_heads, nu
     tl.store(arguments.codes + entry, code, mask=entry < tl.where(h == 0, num_tokens, 0))
 
 
-def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
-    heads = alpha.shape[1]
-    tokens = num_prefix + grid_h * grid_w
-    grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
-    last = (2 * grid_h - 1) * (2 * grid_w - 1)
-    stride = triton.cdiv(last + 1, 16) * 16
-    arguments = Mixture(torch.empty((heads, stride), dtype=torch.float32, device=alpha.device),
-                        torch.empty((tokens,), dtype=torch.int32, device=alpha.device), stride, last, alpha, sigma, eps)
-    programs = triton.cdiv(max(stride, tokens), LANES.value) * heads
-    tiles.launch(build_table, programs, alpha.device, table.Configuration(LANES.value, 0, 4, 1),
-                 arguments, grid_h, grid_w, num_prefix, tokens, heads, alpha.shape[0], scale_log2, LANES=LANES.value)
-    return arguments
-
-
-# ---------------------------------------------------------------- policies
+# ---- policies ----
 
 
 @triton.jit
@@ -114,13 +103,13 @@ def mixture_offset(owner, num_heads, extents):
 
 @triton.jit
 def mixture_members(owner, batch, num_heads, extents):
-    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    _, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
     return batch * (patches_y - tl.abs(cy)) * (patches_x - tl.abs(cx))
 
 
 @triton.jit
 def mixture_place(owner, member, batch, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
-    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    h, cy, cx, _, patches_x = mixture_offset(owner, num_heads, extents)
     pair = member // batch
     pairs_x = patches_x - tl.abs(cx)
     patch_y = pair // pairs_x + tl.maximum(cy, 0)
@@ -135,12 +124,19 @@ def mixture_place(owner, member, batch, num_heads, num_tokens, extents, BLOCK: t
     key_x = query_x - cx * extents[4]
     i = extents[2] + query_y * extents[1] + query_x
     j = extents[2] + key_y * extents[1] + key_x
-    return (member % batch, h, i, j, inside & (query_y < extents[0]) & (query_x < extents[1]), inside & (key_y < extents[0]) & (key_x < extents[1]))
+    return (
+        member % batch,
+        h,
+        i,
+        j,
+        inside & (query_y < extents[0]) & (query_x < extents[1]),
+        inside & (key_y < extents[0]) & (key_x < extents[1]),
+    )
 
 
 @triton.jit
 def mixture_differences(owner, num_heads, extents, BLOCK: tl.constexpr):
-    h, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
+    h, cy, cx, _, _ = mixture_offset(owner, num_heads, extents)
     local = tl.arange(0, BLOCK)
     local_y = local // extents[4]
     local_x = local % extents[4]
@@ -158,7 +154,9 @@ def mixture_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, exte
 
 
 @triton.jit
-def mixture_finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+def mixture_finish(
+    arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr
+):
     h, dy, dx = mixture_differences(owner, num_heads, extents, BLOCK)
     r2 = (dy * dy + dx * dx).to(tl.float32)
     slots = tl.num_programs(0) // num_heads
@@ -172,7 +170,9 @@ def mixture_finish(arguments, destination, total, owner, split, splits, num_head
 
 
 @triton.jit(do_not_specialize=["slots", "num_heads", "num_gaussians"])
-def reduce_mixture(partial, arguments, grad_alpha, grad_sigma, slots, num_heads, num_gaussians, scale, LANES: tl.constexpr):
+def reduce_mixture(
+    partial, arguments, grad_alpha, grad_sigma, slots, num_heads, num_gaussians, scale, LANES: tl.constexpr
+):
     """Second stage, one program per (h, k): the partial sums in order, then the factors of dalpha and dsigma."""
     program = tl.program_id(0)
     parameter = program % num_gaussians * num_heads + program // num_gaussians
@@ -190,8 +190,12 @@ def reduce_mixture(partial, arguments, grad_alpha, grad_sigma, slots, num_heads,
     tl.store(grad_sigma + parameter, tl.sum(second) * (scale * alpha * (sigma / variance / variance)))
 
 
-MIXTURE = tiles.Policy(mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None)
-MIXTURE_PARAMETERS = tiles.ParameterPolicy(mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish)
+MIXTURE = tiles.Policy(
+    mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None
+)
+MIXTURE_PARAMETERS = tiles.ParameterPolicy(
+    mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish
+)
 
 
 class Weight(NamedTuple):
@@ -208,7 +212,12 @@ class Weight(NamedTuple):
 
 @triton.jit
 def weight_term(arguments, b, h, i, j, num_queries, num_keys):
-    pointers = arguments.weight + h * arguments.stride_head + i.to(tl.int64) * arguments.stride_row + j.to(tl.int64) * arguments.stride_column
+    pointers = (
+        arguments.weight
+        + h * arguments.stride_head
+        + i.to(tl.int64) * arguments.stride_row
+        + j.to(tl.int64) * arguments.stride_column
+    )
     return tl.load(pointers, mask=(i < num_queries) & (j < num_keys), other=0.0).to(tl.float32) * arguments.scale_log2
 
 
@@ -237,70 +246,128 @@ def weight_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, exten
 
 
 @triton.jit
-def weight_finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
+def weight_finish(
+    arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr
+):
     weight_head, i, j = weight_rows(owner, num_tokens, extents, BLOCK)
-    pointers = (destination + weight_head.to(tl.int64) * arguments.grad_stride_head + i.to(tl.int64)[:, None] * arguments.grad_stride_row
-                + j.to(tl.int64)[None, :] * arguments.grad_stride_column)
-    tl.store(pointers, tiles.narrow(total * arguments.scale, destination.dtype.element_ty), mask=(i < num_tokens)[:, None] & (j < num_tokens)[None, :])
+    pointers = (
+        destination
+        + weight_head.to(tl.int64) * arguments.grad_stride_head
+        + i.to(tl.int64)[:, None] * arguments.grad_stride_row
+        + j.to(tl.int64)[None, :] * arguments.grad_stride_column
+    )
+    tl.store(
+        pointers,
+        tiles.narrow(total * arguments.scale, destination.dtype.element_ty),
+        mask=(i < num_tokens)[:, None] & (j < num_tokens)[None, :],
+    )
 
 
-WEIGHT = tiles.Policy(weight_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None)
-WEIGHT_PARAMETERS = tiles.ParameterPolicy(weight_members, weight_place, weight_owner_term, tiles.product_term_gradient, weight_finish)
+WEIGHT = tiles.Policy(
+    weight_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None
+)
+WEIGHT_PARAMETERS = tiles.ParameterPolicy(
+    weight_members, weight_place, weight_owner_term, tiles.product_term_gradient, weight_finish
+)
 
 
-# ---------------------------------------------------------------- launchers
-
-
-def gaussian_mixture_fwd(query, key, value, alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale):
-    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale * LOG2E.value)
-    return tiles.run_forward(MIXTURE, query, key, value, arguments, scale * LOG2E.value)
-
-
-def gaussian_mixture_bwd(grad_output, query, key, value, alpha, sigma, output, logsumexp, grid_h, grid_w, num_prefix_tokens, eps, scale):
-    grad_alpha, grad_sigma = torch.empty_like(alpha), torch.empty_like(sigma)
-    scale_log2 = scale * LOG2E.value
-    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale_log2)
-    delta = tiles.run_row_delta(output, grad_output)
-    grads = tiles.run_backward(MIXTURE, grad_output, query, key, value, logsumexp, delta, arguments, scale_log2, LN2.value)
-    grid_h, grid_w, empty = max(grid_h, 1), max(grid_w, 1), query.shape[0] * grid_h * grid_w == 0
-    tile_h, tile_w = patch_shape(grid_h, grid_w, table.configuration("parameter_gradient", query).block_m)
-    patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
-    batch, (gaussians, heads) = query.shape[0], alpha.shape
-    offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
-    splits = max(1, min(TARGET_PROGRAMS // (offsets * heads), batch * patches_y * patches_x // 4)) if not empty else 0
-    partial = torch.empty((heads, gaussians, 2, offsets * splits), dtype=torch.float32, device=query.device)
-    tiles.run_parameter_gradient(MIXTURE, MIXTURE_PARAMETERS, offsets * heads, splits, partial, grad_output, query, key, value, logsumexp, delta,
-                                 arguments, (grid_h, grid_w, num_prefix_tokens, tile_h, tile_w, gaussians), scale_log2)
-    tiles.launch(reduce_mixture, heads * gaussians, query.device, table.Configuration(LANES.value, 0, 4, 1),
-                 partial, arguments, grad_alpha, grad_sigma, offsets * splits, heads, gaussians, scale, LANES=LANES.value)
-    return (*grads, grad_alpha, grad_sigma)
-
+# ---- launchers ----
 
 TARGET_PROGRAMS = 1024  # several waves of the largest chip; fixed, so that sums do not depend on the device
 
 
+def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
+    heads = alpha.shape[1]
+    tokens = num_prefix + grid_h * grid_w
+    grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
+    last = (2 * grid_h - 1) * (2 * grid_w - 1)
+    stride = triton.cdiv(last + 1, 16) * 16
+    entries = torch.empty((heads, stride), dtype=torch.float32, device=alpha.device)
+    codes = torch.empty((tokens,), dtype=torch.int32, device=alpha.device)
+    arguments = Mixture(entries, codes, stride, last, alpha, sigma, eps)
+    table.launch(
+        build_table,
+        triton.cdiv(max(stride, tokens), LANES.value) * heads,
+        alpha.device,
+        SMALL,
+        *(arguments, grid_h, grid_w, num_prefix, tokens, heads, alpha.shape[0], scale_log2),
+        LANES=LANES.value,
+    )
+    return arguments
+
+
 def patch_shape(grid_h, grid_w, block):
-    """Largest patch of at most `block` tokens, evened out so that the last patch of a row or column is not a sliver."""
+    """Largest patch of at most `block` tokens, evened out so that the last of a row or column is not a sliver."""
     tile_w = triton.cdiv(grid_w, triton.cdiv(grid_w, block))
     tile_h = min(grid_h, block // tile_w)
     return triton.cdiv(grid_h, triton.cdiv(grid_h, tile_h)), tile_w
 
 
+def _mixture_parameter_gradients(inputs, arguments, grid_h, grid_w, num_prefix, scale):
+    query = inputs[0]
+    grad_alpha, grad_sigma = torch.empty_like(arguments.alpha), torch.empty_like(arguments.sigma)
+    gaussians, heads = arguments.alpha.shape
+    empty = query.shape[0] * grid_h * grid_w == 0
+    grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
+    tile_h, tile_w = patch_shape(grid_h, grid_w, table.configuration("parameter_gradient", query).block_m)
+    patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
+    offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
+    most = query.shape[0] * patches_y * patches_x // 4
+    splits = 0 if empty else max(1, min(TARGET_PROGRAMS // (offsets * heads), most))
+    slots = offsets * splits
+    partial = torch.empty((heads, gaussians, 2, slots), dtype=torch.float32, device=query.device)
+    extents = (grid_h, grid_w, num_prefix, tile_h, tile_w, gaussians)
+    owners, scale_log2 = offsets * heads, scale * LOG2E.value
+    engine.run_parameter_gradient(
+        MIXTURE, MIXTURE_PARAMETERS, owners, splits, partial, inputs, arguments, extents, scale_log2
+    )
+    table.launch(
+        reduce_mixture,
+        heads * gaussians,
+        query.device,
+        SMALL,
+        *(partial, arguments, grad_alpha, grad_sigma, slots, heads, gaussians, scale),
+        LANES=LANES.value,
+    )
+    return grad_alpha, grad_sigma
+
+
+def gaussian_mixture_fwd(query, key, value, alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale):
+    scale_log2 = scale * LOG2E.value
+    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale_log2)
+    return engine.run_forward(MIXTURE, query, key, value, arguments, scale_log2)
+
+
+def gaussian_mixture_bwd(
+    grad_output, query, key, value, alpha, sigma, output, logsumexp, grid_h, grid_w, num_prefix_tokens, eps, scale
+):
+    scale_log2 = scale * LOG2E.value
+    arguments = _mixture(alpha, sigma, grid_h, grid_w, num_prefix_tokens, eps, scale_log2)
+    inputs = (query, key, value, grad_output, logsumexp, engine.run_row_delta(output, grad_output))
+    gradients = engine.run_backward(MIXTURE, inputs, arguments, scale_log2, LN2.value)
+    return *gradients, *_mixture_parameter_gradients(inputs, arguments, grid_h, grid_w, num_prefix_tokens, scale)
+
+
 def _weight(weight, grad_weight, scale):
     head, grad_head = (t.stride(0) if t.shape[0] > 1 else 0 for t in (weight, grad_weight))
-    return Weight(weight, head, *weight.stride()[1:], grad_head, *grad_weight.stride()[1:], scale * LOG2E.value, scale)
+    strides = (head, *weight.stride()[1:], grad_head, *grad_weight.stride()[1:])
+    return Weight(weight, *strides, scale * LOG2E.value, scale)
 
 
 def masked_product_fwd(query, key, value, weight, scale):
-    return tiles.run_forward(WEIGHT, query, key, value, _weight(weight, weight, scale), scale * LOG2E.value)
+    scale_log2 = scale * LOG2E.value
+    return engine.run_forward(WEIGHT, query, key, value, _weight(weight, weight, scale), scale_log2)
 
 
 def masked_product_bwd(grad_output, query, key, value, weight, output, logsumexp, scale):
+    scale_log2 = scale * LOG2E.value
     grad_weight = torch.empty_like(weight)
     arguments = _weight(weight, grad_weight, scale)
-    delta = tiles.run_row_delta(output, grad_output)
-    grads = tiles.run_backward(WEIGHT, grad_output, query, key, value, logsumexp, delta, arguments, scale * LOG2E.value, LN2.value)
-    blocks = triton.cdiv(query.shape[2], table.configuration("parameter_gradient", query).block_m)
-    tiles.run_parameter_gradient(WEIGHT, WEIGHT_PARAMETERS, weight.shape[0] * blocks * blocks, 1, grad_weight, grad_output, query, key, value, logsumexp,
-                                 delta, arguments, (weight.shape[0],), scale * LOG2E.value)
-    return (*grads, grad_weight)
+    inputs = (query, key, value, grad_output, logsumexp, engine.run_row_delta(output, grad_output))
+    gradients = engine.run_backward(WEIGHT, inputs, arguments, scale_log2, LN2.value)
+    heads = weight.shape[0]
+    owners = heads * triton.cdiv(query.shape[2], table.configuration("parameter_gradient", query).block_m) ** 2
+    engine.run_parameter_gradient(
+        WEIGHT, WEIGHT_PARAMETERS, owners, 1, grad_weight, inputs, arguments, (heads,), scale_log2
+    )
+    return *gradients, grad_weight

@@ -1,0 +1,167 @@
+"""Every tuned Triton configuration is compiled ahead of time for every target, and the binaries are read: no spills, within the chip's memories, on its matrix units.
+
+The compiler runs in one subprocess: under TRITON_INTERPRET, which the other tests set, nothing can be compiled.
+`EFFATTN_COMPILE=all` compiles every operation at every configuration (minutes); otherwise the engine's kernels are compiled at every configuration with
+the Gaussian-mixture policy at the largest head_dim that a configuration serves, and the other policies where it is most likely to matter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from effattn.triton_kernels import configurations
+
+SCRIPT = Path(__file__).with_name("triton_compiler.py")
+CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
+HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 and needs less of everything
+ENGINE = configurations.KERNELS
+OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
+
+
+def cases():
+    """(operation, family, dtype, head_dim, kernels or None for all)"""
+    if os.environ.get("EFFATTN_COMPILE") == "all":
+        return [
+            (operation, family, dtype, head_dim, None)
+            for operation in ("gaussian_mixture", *OTHERS)
+            for family in configurations.FAMILIES
+            for dtype in ("bfloat16", "float16", "float32", "tf32")
+            for head_dim in (16, *HEAD_DIMS)
+            if dtype != "tf32" or family in CUDA
+        ]
+    chosen = [("gaussian_mixture", family, "bfloat16", head_dim, ENGINE) for family in CUDA for head_dim in HEAD_DIMS]
+    chosen += [("gaussian_mixture", family, "float32", 64, ENGINE) for family in CUDA]
+    chosen += [("gaussian_mixture", "sm_80", "float32", head_dim, ENGINE) for head_dim in (128, 256)]
+    chosen += [("gaussian_mixture", "sm_90", "bfloat16", 64, ("build_table", "row_delta", "reduce_mixture"))]
+    chosen += [
+        ("gaussian_mixture", "sm_90", "tf32", 64, ENGINE),
+        ("gaussian_mixture", "sm_90", "float16", 80, ("forward",)),
+    ]
+    chosen += [("gaussian_mixture", "cdna", dtype, 64, ENGINE) for dtype in ("bfloat16", "float32")]
+    chosen += [(operation, "sm_90", "bfloat16", 64, ENGINE) for operation in OTHERS]
+    return chosen
+
+
+def compile_all(cases, directory):
+    given, found = directory / "cases.json", directory / "results.json"
+    given.write_text(json.dumps(cases))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, str(SCRIPT), str(given), str(found)], env=environment, check=True)
+    return json.loads(found.read_text())
+
+
+def problems(result):
+    """What is wrong with one compiled kernel; empty if nothing is."""
+    if "error" in result:
+        return [result["error"]]
+    wrong = []
+    family = result["family"]
+    if result["spills"] or result.get("local") or result.get("stack"):
+        wrong.append(f"{result['spills']} spills, {result.get('stack', 0)} bytes of stack")
+    if result["shared"] > configurations.SHARED_MEMORY[family]:
+        wrong.append(f"{result['shared']} bytes of shared memory, {family} has {configurations.SHARED_MEMORY[family]}")
+    if result.get("tensor_memory", 0) > 512:
+        wrong.append(f"{result['tensor_memory']} columns of tensor memory, the chip has 512")
+    if result["kernel"] in ENGINE and not any(result["matrix"].values()):
+        wrong.append("no arithmetic: the compiler gave the kernel up")
+    if result["kernel"] in ENGINE and result["dtype"] in ("bfloat16", "float16") and family in CUDA:
+        rows = result["config"][1 if result["kernel"] == "key_value_gradient" else 0]
+        wanted = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(family, "HMMA") if rows >= 64 else "HMMA"
+        if not result["matrix"][wanted]:
+            wrong.append(f"no {wanted} instruction: {result['matrix']}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return compile_all(cases(), tmp_path_factory.mktemp("triton"))
+
+
+def describe(result):
+    return "{operation} {kernel} {dtype} head_dim {head_dim} on {family}, tile {config}".format(**result)
+
+
+def test_every_configuration_compiles_without_spills_within_memory_on_matrix_units(results):
+    wrong = [f"{describe(r)}: {problem}" for r in results for problem in problems(r)]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_sixteen_bit_configurations_of_every_cuda_chip_were_compiled(results):
+    compiled = {(r["family"], r["kernel"], tuple(r["config"])) for r in results}
+    tuned = {
+        (family, kernel, tuple(config))
+        for (family, width, kernel, _), config in configurations.configurations().items()
+        if width == "half" and family in CUDA
+    }
+    assert tuned <= compiled
+
+
+def test_every_single_precision_configuration_was_compiled(results):
+    compiled = {(r["kernel"], tuple(r["config"])) for r in results}
+    assert {
+        (kernel, tuple(config))
+        for (_, width, kernel, _), config in configurations.configurations().items()
+        if width == "single"
+    } <= compiled
+
+
+def test_hopper_multiplies_tiles_with_warpgroups_up_to_head_dim_128(results):
+    for result in results:
+        if (
+            result["family"] == "sm_90"
+            and result["dtype"] == "bfloat16"
+            and result["kernel"] in ENGINE
+            and result["head_dim"] <= 128
+        ):
+            assert result["matrix"]["HGMMA"], describe(result)
+
+
+@pytest.fixture(scope="module")
+def oversized(tmp_path_factory):
+    """Deliberately bad configurations, of which the checks must complain."""
+    cases = [
+        ("gaussian_mixture", "sm_90", "bfloat16", 128, ("forward",), (128, 128, 4, 2)),
+        ("gaussian_mixture", "sm_120", "bfloat16", 128, ("query_gradient",), (64, 64, 4, 3)),
+        ("gaussian_mixture", "sm_90", "float32", 64, ("query_gradient",), (64, 64, 8, 1)),
+        ("gaussian_mixture", "sm_100", "bfloat16", 256, ("key_value_gradient",), (32, 128, 8, 1)),
+    ]
+    return sorted(compile_all(cases, tmp_path_factory.mktemp("oversized")), key=lambda r: (r["family"], r["dtype"]))
+
+
+def test_the_checks_see_spills_and_memory_overruns(oversized):
+    tensor_memory, shared, spills, scalar = (" ".join(problems(r)) for r in oversized)
+    assert "tensor memory" in tensor_memory
+    assert "bytes of shared memory" in shared
+    assert "spills" in spills
+    assert "spills" in scalar
+    unmatched = next(r for r in oversized if r["dtype"] == "float32")
+    assert any("HGMMA" in problem for problem in problems({**unmatched, "dtype": "bfloat16"}))
+
+
+def test_configurations_do_not_depend_on_a_length():
+    assert all(len(key) == 4 for key in configurations.configurations())
+    assert {key[0] for key in configurations.configurations()} == set(configurations.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_120"),
+        ((8, 9), "sm_120"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+        ((7, 5), "sm_120"),
+    ],
+)
+def test_every_chip_takes_a_row_that_its_shared_memory_can_hold(capability, family):
+    assert configurations.family_of(capability) == family
