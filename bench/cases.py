@@ -59,10 +59,10 @@ class Contender(NamedTuple):
 
     name: str
     prepare: Callable[[Case, Inputs, bool], Call]
-    trains: bool = True  # has a backward pass on CPU
+    trains: bool = True  # has a training step on CPU
     exact: bool = True  # computes the case, and not something simpler that serves as a ceiling
     compiles: bool = False  # takes seconds to prepare
-    why_not: str = ""  # why there is no backward pass
+    why_not: str = ""  # why there is no training step
     memory: Callable[[Case, bool], float] = lambda case, training: 0.0  # bytes it is known to need, if many
 
 

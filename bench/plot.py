@@ -10,12 +10,14 @@ COLOURS = {
     "torch sdpa": "#8b9bb4",
     "flex": "#a7b4c8",
     "torch.compile": "#c5cedb",
+    "eager tuned": "#d3dae4",
     "eager": "#dfe4ec",
 }
 NAMES = {
     OURS: "effattn",
     "flex": "FlexAttention",
     "eager": "eager formula",
+    "eager tuned": "eager, tuned",
     "torch sdpa": "F.scaled_dot_product_attention",
 }
 OPERATORS = {

@@ -161,7 +161,7 @@ def run_row(
 
 def _admit(contender, case, inputs, direction, dtype, expected, device):
     """(result so far, call, its seconds) of a contender that can run and is right; else why it is left out."""
-    if direction == BACKWARD and device == "cpu" and not contender.trains:
+    if direction == BACKWARD and not contender.trains and (device == "cpu" or not contender.compiles):
         return contender.why_not
     needed = contender.memory(case, direction == BACKWARD)
     if device == "cpu" and needed > _available_memory():
