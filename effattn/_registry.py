@@ -33,7 +33,8 @@ class Problem(NamedTuple):
     head_dim: int
     dropout_p: float = 0.0
     detail: str = ""  # a feature of this call that no kernel serves, in words
-    work: int = -1  # multiply-adds of the score matrix, -1 unknown
+    length: int = -1  # queries, -1 unknown (under torch.compile, where a comparison would make the graph recompile)
+    work: int = -1  # multiply-adds of the score matrix, likewise
 
 
 class Verdict(NamedTuple):
