@@ -138,7 +138,7 @@ def sdpa_section() -> list[str]:
     boolean = torch.empty(128, 128, dtype=torch.bool)
     mask = effattn.GaussianMixtureMask(torch.empty(5, 8), torch.empty(5, 8), grid=(8, 16))
     small = torch.empty(1, 1, 16, 16)
-    one = torch.empty(2, 8, 1, 64)
+    one, long = torch.empty(2, 8, 1, 64), torch.empty(2, 8, 1024, 64)
     calls = [
         ("no mask", (q, q, q), {}),
         ("`is_causal=True`", (q, q, q), {"is_causal": True}),
@@ -147,7 +147,7 @@ def sdpa_section() -> list[str]:
         ("`enable_gqa=True`, 8 query and 2 key heads", (q, grouped, grouped), {"enable_gqa": True}),
         ("structured `attn_mask`", (q, q, q, mask), {}),
         ("a very small call: 16 tokens, 1 head", (small, small, small), {}),
-        ("one query, as in decoding", (one, q, q), {}),
+        ("one query and 1024 keys, as in decoding", (one, long, long), {}),
         ("`attn_mask` that requires a gradient", (q, q, q, bias.clone().requires_grad_()), {}),
         ("`dropout_p=0.1`", (q, q, q), {"dropout_p": 0.1}),
         ("float64", (q.double(), q.double(), q.double()), {}),
