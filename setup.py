@@ -148,12 +148,11 @@ class AnyPythonWheel(bdist_wheel):
 # effattn._cuda (csrc/cuda, built by nvcc where there is one) gets its ninja writer here.
 write_ninja = {"effattn._cpu": write_cpu_ninja}
 
-lacking = missing()
+# Metadata is asked for by separate runs of this file; only those that build look for a compiler and speak.
+BUILDING = not {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}.isdisjoint(sys.argv)
+lacking = missing() if BUILDING else None
 if lacking:
-    print(
-        f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.",
-        file=sys.stderr,
-    )
+    print(f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.", file=sys.stderr)
 
 BESIDE = {"effattn.triton_kernels": "triton_kernels", "effattn.bench": "bench"}
 packages = find_packages(include=["effattn", "effattn.*"])

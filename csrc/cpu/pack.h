@@ -10,6 +10,8 @@
 //   zero.
 #pragma once
 
+#include <utility>
+
 #include "gemm.h"
 
 namespace effattn::EFFATTN_ISA {
@@ -105,20 +107,19 @@ inline void pack_rows(typename Arithmetic::Word* to, int64_t pitch, const Matrix
   if (padded_rows > rows) memset(to + rows * pitch, 0, (padded_rows - rows) * pitch * sizeof(*to));
 }
 
+template <int kDistance, size_t... kLane>
+EFFATTN_INLINE void exchange(WordVec& x, WordVec& y, std::index_sequence<kLane...>) {
+  const WordVec low = __builtin_shufflevector(x, y, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
+  y = __builtin_shufflevector(x, y, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
+  x = low;
+}
+
 // lines[i][j] <-> lines[j][i], in log2(kLanes) rounds of two-register shuffles.
 template <int kDistance = 1>
 EFFATTN_INLINE void transpose(WordVec (&lines)[kLanes]) {
   if constexpr (kDistance < kLanes) {
-    WordVec low, high;
-    EFFATTN_UNROLL for (int lane = 0; lane < kLanes; ++lane) {
-      low[lane] = (lane & kDistance) ? kLanes + lane - kDistance : lane;
-      high[lane] = (lane & kDistance) ? kLanes + lane : lane + kDistance;
-    }
     EFFATTN_UNROLL for (int i = 0; i < kLanes; ++i) {
-      if (i & kDistance) continue;
-      const WordVec x = lines[i], y = lines[i + kDistance];
-      lines[i] = __builtin_shuffle(x, y, low);
-      lines[i + kDistance] = __builtin_shuffle(x, y, high);
+      if ((i & kDistance) == 0) exchange<kDistance>(lines[i], lines[i + kDistance], std::make_index_sequence<kLanes>{});
     }
     transpose<kDistance * 2>(lines);
   }
