@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.table(found))
     figures = []
     if options.asked:
-        figures = asked.figures(found)
+        figures = asked.figures(found, build=not options.quick)
         print("\n" + asked.table(figures))
     if not found.complete:
         print("interrupted: nothing was written", file=sys.stderr)
