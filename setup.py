@@ -99,8 +99,8 @@ def write_cpu_ninja(directory, library):
         for level, flags in LEVELS.items():
             jobs.append((source, f"{level}.{source.stem}.o", f"-DEFFATTN_ISA={level} {flags}"))
     includes = f"-isystem {shlex.quote(str(torch / 'include'))}"
-    for source in sorted((CSRC / "bindings").glob("*.cpp")):
-        jobs.append((source, f"bindings.{source.stem}.o", f"{oldest} {TORCH} {includes}"))
+    bindings = sorted((CSRC / "bindings").glob("*.cpp"))
+    jobs += [(source, f"bindings.{source.stem}.o", f"{oldest} {TORCH} {includes}") for source in bindings]
     jobs.sort(key=lambda job: (job[0].stem not in ("attention", "gaussian_mixture"), job[0]))  # the longest first
 
     lines = [
@@ -152,7 +152,10 @@ write_ninja = {"effattn._cpu": write_cpu_ninja}
 BUILDING = not {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}.isdisjoint(sys.argv)
 lacking = missing() if BUILDING else None
 if lacking:
-    print(f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.", file=sys.stderr)
+    print(
+        f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.",
+        file=sys.stderr,
+    )
 
 BESIDE = {"effattn.triton_kernels": "triton_kernels", "effattn.bench": "bench"}
 packages = find_packages(include=["effattn", "effattn.*"])

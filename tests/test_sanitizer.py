@@ -1,0 +1,67 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every instruction-set level that this machine runs."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+REQUIRED_FLAGS = {
+    "baseline": (),
+    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx512_bf16": ("avx512_bf16", "avx512_vnni"),
+}
+SANITIZE = "-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-math-errno -ffp-contract=fast -w"
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """Compiler flags per level, from the same table that builds the library."""
+    source = (ROOT / "setup.py").read_text().split("\nlacking = ")[0]
+    namespace = {"__file__": str(ROOT / "setup.py"), "__name__": "effattn_setup"}
+    exec(compile(source, "setup.py", "exec"), namespace)
+    return namespace["LEVELS"]
+
+
+def processor_flags():
+    cpuinfo = Path("/proc/cpuinfo")
+    line = (
+        next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+        if cpuinfo.exists()
+        else ""
+    )
+    return set(line.split())
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.skipif(importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None, reason="no ninja")
+@pytest.mark.parametrize("level", REQUIRED_FLAGS)
+def test_kernels_touch_no_memory_but_their_tensors(level, levels, tmp_path):
+    if level not in levels or not set(REQUIRED_FLAGS[level]) <= processor_flags():
+        pytest.skip(f"this processor has no {level}")
+    build = ROOT / "build" / "sanitizer" / level
+    build.mkdir(parents=True, exist_ok=True)
+    sources = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path.stem != "dispatch"]
+    sources.append(ROOT / "tests" / "sanitizer" / "kernels.cpp")
+    lines = [
+        "rule compile",
+        f"  command = {COMPILER} {SANITIZE} -DEFFATTN_ISA={level} {levels[level]} -I{ROOT / 'csrc' / 'cpu'} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {COMPILER} {SANITIZE} $in -o $out -pthread",
+        *(f"build {path.stem}.o: compile {path}" for path in sources),
+        f"build kernels: link {' '.join(path.stem + '.o' for path in sources)}",
+    ]
+    (build / "build.ninja").write_text("\n".join(lines) + "\n")
+    ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+    made = subprocess.run([ninja, "-C", str(build), "kernels"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout[-4000:]
+    ran = subprocess.run([str(build / "kernels")], capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
