@@ -115,7 +115,7 @@ FAMILY = Family(
         "causal": Operator(_inputs, _reference, CONTENDERS, _causal_density),
     },
     cases=(
-        Case("plain", 8, 12, 197, 64, asked=True, quick=True),
+        Case("plain", 8, 12, 197, 64, asked=True),
         Case("plain", 1, 12, 1024, 64, asked=True, quick=True, trained=True),
         Case("plain", 1, 8, 4096, 64, asked=True),
         Case("plain", 8, 12, 197, 64, "photographs", (14, 14), 1, photograph=True),
