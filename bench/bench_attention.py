@@ -1,4 +1,4 @@
-"""Plain attention on our engine (no mask, dense additive mask, causal) against PyTorch's and every peer."""
+"""Plain attention on our engine (no mask, dense additive and boolean masks, causal) against PyTorch's and every peer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, flex, scores, unmask
 
 import effattn
 
+# torch's CPU flash kernel takes an additive mask of 2 or 4 dimensions; one of 3, as a per-head bias (H, N, N) that is
+# left to broadcast, sends it to the plain formula. Both are measured.
+ADDITIVE, ADDITIVE_3D, BOOLEAN = "additive mask (1,H,N,N)", "additive mask (H,N,N)", "boolean mask"
+
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
-    fixed = {}
-    if case.operator == "additive mask":
-        generator = torch.Generator().manual_seed(1)
-        # One bias per head, shared by the batch, as relative position biases are.
-        bias = torch.randn(1, case.heads, case.tokens, case.tokens, generator=generator)
-        fixed["attn_mask"] = bias.to(dtype).to(device)
+    """One mask per head, shared by the batch, as relative position biases are."""
+    generator = torch.Generator().manual_seed(1)
+    fixed, shape = {}, (case.heads, case.tokens, case.tokens)
+    if case.operator in (ADDITIVE, ADDITIVE_3D):
+        bias = torch.randn(shape, generator=generator).to(dtype)
+        fixed["attn_mask"] = (bias if case.operator == ADDITIVE_3D else bias[None]).to(device)
+    if case.operator == BOOLEAN:
+        fixed["attn_mask"] = (torch.rand(shape, generator=generator) < 0.5)[None].to(device)
     return Inputs(*case.qkv(dtype, device), {}, fixed)
 
 
@@ -27,7 +33,7 @@ def _arguments(case: Case, inputs: Inputs) -> dict:
 def _reference(case: Case, inputs: Inputs, head: int) -> torch.Tensor:
     arguments = _arguments(case, inputs)
     if arguments["attn_mask"] is not None:
-        arguments["attn_mask"] = arguments["attn_mask"][:, head : head + 1]
+        arguments["attn_mask"] = arguments["attn_mask"][..., head : head + 1, :, :]
     one_head = (tensor[:, head : head + 1] for tensor in inputs[:3])
     return effattn.reference.scaled_dot_product_attention(*one_head, **arguments)
 
@@ -47,7 +53,10 @@ def _additive(case: Case, inputs: Inputs) -> torch.Tensor | None:
     if case.operator == "causal":
         query = inputs.query
         return query.new_full((case.tokens, case.tokens), float("-inf")).triu(1)
-    return inputs.fixed.get("attn_mask")
+    mask = inputs.fixed.get("attn_mask")
+    if case.operator == BOOLEAN:
+        mask = torch.zeros_like(mask, dtype=inputs.query.dtype).masked_fill_(~mask, float("-inf"))
+    return mask
 
 
 def _formula(query, key, value, mask, scale):
@@ -86,7 +95,7 @@ def _flex(case: Case, inputs: Inputs, training: bool) -> Call:
         return flex(inputs, block_mask=block_mask)
     if case.operator == "plain":
         return flex(inputs)
-    bias = inputs.fixed["attn_mask"][0].float()
+    bias = _additive(case, inputs).view(case.heads, case.tokens, case.tokens).float()
 
     def add(score, b, h, i, j):
         return score + bias[h, i, j]
@@ -111,7 +120,9 @@ FAMILY = Family(
     "attention",
     operators={
         "plain": Operator(_inputs, _reference, CONTENDERS),
-        "additive mask": Operator(_inputs, _reference, (*CONTENDERS, unmasked_sdpa)),
+        ADDITIVE: Operator(_inputs, _reference, (*CONTENDERS, unmasked_sdpa)),
+        ADDITIVE_3D: Operator(_inputs, _reference, (*CONTENDERS, unmasked_sdpa)),
+        BOOLEAN: Operator(_inputs, _reference, (*CONTENDERS, unmasked_sdpa)),
         "causal": Operator(_inputs, _reference, CONTENDERS, _causal_density),
     },
     cases=(
@@ -120,9 +131,13 @@ FAMILY = Family(
         Case("plain", 1, 8, 4096, 64, asked=True),
         Case("plain", 8, 12, 197, 64, "photographs", (14, 14), 1, photograph=True),
         Case("plain", 1, 12, 1024, 64, "photographs", (32, 32), photograph=True),
-        Case("additive mask", 8, 12, 197, 64, asked=True),
-        Case("additive mask", 1, 12, 1024, 64, asked=True, quick=True),
-        Case("additive mask", 1, 8, 4096, 64, asked=True),
+        Case(ADDITIVE, 8, 12, 197, 64),
+        Case(ADDITIVE, 1, 12, 1024, 64, asked=True, quick=True),
+        Case(ADDITIVE, 1, 8, 4096, 64, asked=True),
+        Case(ADDITIVE_3D, 1, 12, 1024, 64, asked=True, quick=True),
+        Case(ADDITIVE_3D, 1, 8, 4096, 64, asked=True),
+        Case(BOOLEAN, 1, 12, 1024, 64),
+        Case(BOOLEAN, 1, 8, 4096, 64),
         Case("causal", 1, 12, 1024, 64, quick=True),
         Case("causal", 1, 8, 4096, 64),
     ),

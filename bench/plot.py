@@ -24,7 +24,9 @@ OPERATORS = {
     "gaussian_mixture": "Gaussian-mixture attention",
     "masked_product": "Free-mask attention (ELM)",
     "plain": "Plain attention",
-    "additive mask": "Attention with a dense additive mask",
+    "additive mask (1,H,N,N)": "Attention with a dense additive mask",
+    "additive mask (H,N,N)": "Attention with a per-head additive mask",
+    "boolean mask": "Attention with a boolean mask",
     "causal": "Causal attention",
 }
 TITLES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
