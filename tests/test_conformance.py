@@ -16,6 +16,7 @@ from conformance import (
     assert_within_budget,
     case_and_backend,
     device_of,
+    is_slow,
     launch,
     require,
     run,
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (1, 3, 8, 16, 24, 30, 64, 80, 128, 200, 256)
 KERNELS = case_and_backend(without=("reference",))
+SLOW = "the interpreter is slow, tests/test_triton_interpreter.py covers it"
 
 CORNERS = {
     "one token": Shape(grid=(1, 1), prefix=0),
@@ -100,21 +102,21 @@ def test_reference_gradients_are_those_of_finite_differences(case):
     assert torch.autograd.gradcheck(call, [tensors[name].requires_grad_() for name in names])
 
 
-@KERNELS
+@case_and_backend(without=("reference",), every_variant=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_ids)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_accuracy_at_every_head_dim(case, backend, dtype, head_dim):
-    if backend == "triton" and head_dim not in (3, 64) and dtype != torch.float32:
-        pytest.skip("the interpreter is slow: tests/test_triton_*.py cover it")
-    check(case, backend, small(backend).with_(head_dim=head_dim), dtype)
+    if is_slow(backend) and (dtype, head_dim) not in ((torch.float32, 3), (torch.bfloat16, 64)):
+        pytest.skip(SLOW)
+    check(case, backend, small(backend).with_(head_dim=head_dim, heads=2), dtype)
 
 
 @KERNELS
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_ids)
 @pytest.mark.parametrize("shape", CORNERS.values(), ids=CORNERS)
 def test_accuracy_in_corner_cases(case, backend, dtype, shape):
-    if backend == "triton" and (shape.tokens * shape.key_tokens > 3000 or dtype == torch.float16):
-        pytest.skip("the interpreter is slow: tests/test_triton_*.py cover it")
+    if is_slow(backend) and (shape.tokens * shape.key_tokens > 700 or shape.gaussians > 9 or dtype != torch.float32):
+        pytest.skip(SLOW)
     check(case, backend, shape, dtype)
 
 
@@ -122,8 +124,8 @@ def test_accuracy_in_corner_cases(case, backend, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_ids)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_under_every_layout(case, backend, dtype, layout):
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter is slow: tests/test_triton_*.py cover it")
+    if is_slow(backend) and (dtype != torch.float32 or layout not in ("packed", "every_other", "expanded_tokens")):
+        pytest.skip(SLOW)
     check(case, backend, small(backend), dtype, layout, layout)
 
 
@@ -148,8 +150,8 @@ _layouts = st.sampled_from(sorted(LAYOUTS))
     seed=st.integers(0, 2**16),
 )
 def test_accuracy_over_shapes_layouts_and_dtypes(case, backend, shape, dtype, layouts, grad_layout, seed):
-    if backend == "triton":
-        pytest.skip("the interpreter is slow: tests/test_triton_*.py cover it")
+    if is_slow(backend):
+        pytest.skip(SLOW)
     check(case, backend, shape, dtype, layouts, grad_layout, seed)
 
 
@@ -209,10 +211,10 @@ def test_kernels_write_only_inside_their_outputs(case, backend, head_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_ids)
 def test_same_bits_run_to_run_and_for_any_number_of_threads(case, backend, dtype):
     require(case.op, backend)
-    if backend == "triton" and dtype == torch.float16:
-        pytest.skip("the interpreter is slow: tests/test_triton_*.py cover it")
+    if is_slow(backend) and dtype != torch.float32:
+        pytest.skip(SLOW)
     device = device_of(backend)
-    shape = small(backend) if backend == "triton" else Shape(batch=3, heads=3, grid=(12, 13), head_dim=32)
+    shape = small(backend) if is_slow(backend) else Shape(batch=3, heads=3, grid=(12, 13), head_dim=32)
     tensors, options = case.tensors(shape, dtype, device=device), case.options(shape)
     grad_output = case.grad_output(shape, dtype, device=device)
     first = run(case, tensors, options, backend, grad_output)

@@ -3,7 +3,7 @@
 A new operator gets all of it by one entry in ``cases.CASES`` and its float64 formula in ``formulas``.
 """
 
-from .cases import CASES, Case, Shape, all_cases, backends_of, case_and_backend, device_of, require, small
+from .cases import CASES, Case, Shape, all_cases, backends_of, case_and_backend, device_of, is_slow, require, small
 from .layouts import LAYOUTS, Placed, place
 from .modes import GuardedAllocations, RecordedCalls, launch
 from .rule import Result, assert_same_bits, assert_within_budget, run
@@ -23,6 +23,7 @@ __all__ = [
     "backends_of",
     "case_and_backend",
     "device_of",
+    "is_slow",
     "launch",
     "place",
     "require",

@@ -315,9 +315,14 @@ def device_of(backend: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
+def is_slow(backend: str) -> bool:
+    """Triton's interpreter takes its time over every tile."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
 def small(backend: str) -> Shape:
-    """The shape for tests that are not about shapes; Triton's interpreter takes its time over every tile."""
-    return Shape(batch=2, heads=2, grid=(3, 4)) if backend == "triton" else Shape()
+    """The shape for tests that are not about shapes."""
+    return Shape(batch=2, heads=1, grid=(2, 4)) if is_slow(backend) else Shape()
 
 
 def backends_of(op: str) -> tuple[str, ...]:
@@ -338,14 +343,18 @@ def all_cases() -> list[Case]:
     return [case for op in _registry.operators() for case in CASES.get(op, ())]
 
 
-def case_and_backend(*, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """Parametrise over every case of every registered operator x every backend in its row of the registry."""
-    return pytest.mark.parametrize(("case", "backend"), list(_pairs(without)))
+def case_and_backend(*, without: tuple[str, ...] = (), every_variant: bool = False) -> pytest.MarkDecorator:
+    """Parametrise over every case of every registered operator x every backend in its row of the registry.
+
+    Slow backends take the first variant of each operator unless ``every_variant``.
+    """
+    return pytest.mark.parametrize(("case", "backend"), list(_pairs(without, every_variant)))
 
 
-def _pairs(without: tuple[str, ...]) -> Iterator:
+def _pairs(without: tuple[str, ...], every_variant: bool) -> Iterator:
     for case in all_cases():
         for backend in backends_of(case.op):
-            if backend not in without:
-                marks = [pytest.mark.gpu] if device_of(backend) == "cuda" else []
-                yield pytest.param(case, backend, id=f"{case}-{backend}", marks=marks)
+            if backend in without or (is_slow(backend) and case != CASES[case.op][0] and not every_variant):
+                continue
+            marks = [pytest.mark.gpu] if device_of(backend) == "cuda" else []
+            yield pytest.param(case, backend, id=f"{case}-{backend}", marks=marks)
