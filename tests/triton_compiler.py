@@ -169,9 +169,9 @@ def work(case):
     if forced:
         width = "single" if DTYPES[dtype] == torch.float32 else "half"
         for kernel in wanted:
-            configurations._TABLE[family, width][kernel][configurations.block_d(head_dim)] = (
-                configurations.Configuration(*forced[0])
-            )
+            for lean in (False, True):
+                rows = configurations._TABLE[family, width, lean][kernel]
+                rows[configurations.block_d(head_dim)] = configurations.Configuration(*forced[0])
     results = []
     seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):

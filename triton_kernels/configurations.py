@@ -1,6 +1,8 @@
-"""Tile shapes, warps and pipeline depth of every engine kernel, keyed by chip family, element width and BLOCK_D; never by a length.
+"""Tile shapes, warps and pipeline depth of every engine kernel: by chip family, element width and BLOCK_D, never by a length.
 
-Chosen with ahead-of-time compiles: no configuration spills, and each fits its chip's shared memory (tests/test_triton_compile.py).
+Chosen by ahead-of-time compiles: none spills, and each fits its chip's shared memory (tests/test_triton_compile.py). A chip has
+two tables. Tiles of the first hold for any policy and any head_dim. Lean policies, whose terms take few registers, get the
+larger tiles of the second where head_dim fills BLOCK_D, so that no load needs a mask along it.
 """
 
 import contextlib
@@ -27,47 +29,81 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "cdna")
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "cdna": 65536}
 
 # Rows: kernel -> configurations for BLOCK_D up to 64, 128 and 256.
-_HALF = {  # mma.sync: 16 rows per warp
+_MMA = {  # mma.sync: 16 rows per warp
+    "forward": (C(128, 32, 8, 2), C(64, 16, 4, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(32, 64, 4, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
+    "query_gradient": (C(64, 16, 4, 2), C(64, 16, 4, 2), C(32, 16, 4, 2)),
+    "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+}
+_WGMMA = {  # 64 rows per warpgroup, and columns worth its while
     "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
     "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
-    "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
-    "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(32, 32, 4, 2)),
-}
-_SINGLE = {  # plain FMAs, whose operands live in registers: small tiles
-    "forward": (C(32, 32, 4, 2), C(16, 32, 8, 1), C(16, 32, 8, 1)),
-    "key_value_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
-    "query_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
-    "parameter_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
-}
-_ROWS = {(family, "half"): _HALF for family in FAMILIES} | {(family, "single"): _SINGLE for family in FAMILIES}
-_ROWS["sm_90", "half"] = {  # wgmma: 64 rows per warpgroup, and columns worth its while
-    "forward": (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
-    "key_value_gradient": (C(64, 64, 4, 2), C(32, 128, 8, 2), C(32, 32, 8, 1)),
-    "query_gradient": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2)),
+    "query_gradient": (C(128, 64, 8, 2), C(64, 16, 4, 2), C(32, 16, 4, 2)),
     "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
 }
-_ROWS["sm_100", "half"] = {  # tcgen05: as wgmma, accumulators in tensor memory
-    "forward": (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
-    "key_value_gradient": (C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 64, 8, 1)),
-    "query_gradient": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+_TCGEN05 = {  # as wgmma, with accumulators in 512 columns of tensor memory
+    "forward": (C(64, 64, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(32, 64, 8, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
+    "query_gradient": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 16, 4, 2)),
     "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
 }
-_ROWS["sm_120", "half"] = _HALF | {"parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1))}
-_ROWS["cdna", "single"] = {  # has fp32 matrix instructions, and 512 registers a thread at 4 warps
+_MFMA = {
+    "forward": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(32, 64, 4, 2), C(32, 32, 4, 1), C(16, 32, 8, 1)),
+    "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+    "parameter_gradient": (C(64, 64, 8, 1), C(64, 64, 8, 1), C(32, 32, 4, 1)),
+}
+_FMA = {  # fp32 on NVIDIA: operands live in registers, so tiles are small
+    "forward": (C(32, 32, 4, 2), C(16, 32, 8, 1), C(16, 32, 8, 1)),
+    "key_value_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+    "query_gradient": (C(32, 32, 8, 1), C(16, 16, 8, 1), C(16, 16, 8, 1)),
+    "parameter_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
+}
+_MFMA_SINGLE = {  # 512 registers a thread at 4 warps
     "forward": (C(32, 32, 4, 2), C(16, 32, 4, 1), C(16, 32, 4, 1)),
     "key_value_gradient": (C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 16, 4, 1)),
     "query_gradient": (C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 16, 4, 1)),
     "parameter_gradient": (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
 }
-_ROWS["cdna", "half"] = _HALF | {
-    "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 1), C(16, 32, 8, 1)),
-    "parameter_gradient": (C(64, 64, 8, 1), C(64, 64, 8, 1), C(32, 32, 4, 1)),
+_ROWS = {(family, "single"): _FMA for family in FAMILIES} | {
+    ("sm_80", "half"): _MMA,
+    ("sm_90", "half"): _WGMMA,
+    ("sm_100", "half"): _TCGEN05,
+    ("sm_120", "half"): _MMA,
+    ("cdna", "half"): _MFMA,
+    ("cdna", "single"): _MFMA_SINGLE,
+}
+_LEAN = {
+    ("sm_80", "half"): {
+        "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
+        "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(32, 32, 4, 2)),
+    },
+    ("sm_90", "half"): {
+        "forward": (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        "key_value_gradient": (C(64, 64, 4, 2), C(32, 128, 8, 2), C(32, 32, 8, 1)),
+        "query_gradient": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2)),
+        "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
+    },
+    ("sm_100", "half"): {
+        "forward": (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        "key_value_gradient": (C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 64, 8, 1)),
+        "query_gradient": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+        "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+    },
+    ("sm_120", "half"): {
+        "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
+        "query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+    },
 }
 _INTERPRETED = {  # few programs, since each costs milliseconds, yet more than one tile at 65 tokens
-    "forward": (C(64, 32, 4, 1),) * 3,
-    "key_value_gradient": (C(32, 64, 4, 1),) * 3,
-    "query_gradient": (C(64, 32, 4, 1),) * 3,
-    "parameter_gradient": (C(32, 32, 4, 1),) * 3,
+    "forward": C(64, 32, 4, 1),
+    "key_value_gradient": C(32, 64, 4, 1),
+    "query_gradient": C(64, 32, 4, 1),
+    "parameter_gradient": C(32, 32, 4, 1),
 }
 
 
@@ -75,11 +111,12 @@ def _by_block_d(rows):
     return {kernel: dict(zip(BLOCK_DS, (row[0], row[0], *row))) for kernel, row in rows.items()}
 
 
-_TABLE = {key: _by_block_d(rows) for key, rows in _ROWS.items()}
+_TABLE = {(*key, False): _by_block_d(rows) for key, rows in _ROWS.items()}
+_TABLE |= {(*key, True): _by_block_d(rows) for key, rows in (_ROWS | _LEAN).items()}
 
 
 def configurations():
-    """Every tuned choice: {(family, "half" | "single", kernel, BLOCK_D): Configuration}."""
+    """Every tuned choice: {(family, "half" | "single", lean, kernel, BLOCK_D): Configuration}."""
     return {
         (*key, kernel, d): config
         for key, rows in _TABLE.items()
@@ -111,13 +148,16 @@ def block_d(head_dim):
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def configuration(kernel, query):
+def configuration(kernel, query, lean=False):
+    """The tuned choice for an engine kernel; `lean` is the policy's word on its registers."""
     width = "single" if query.dtype == torch.float32 else "half"
+    head_dim = query.shape[3]
     if kernel == "row_delta":
-        return C(max(16, 4096 // block_d(query.shape[3])), 0, 4, 1)
+        return C(max(16, 4096 // block_d(head_dim)), 0, 4, 1)
     family = architecture(query.device)
-    rows = _by_block_d(_INTERPRETED) if family == "interpreted" else _TABLE[family, width]
-    return rows[kernel][block_d(query.shape[3])]
+    if family == "interpreted":
+        return _INTERPRETED[kernel]
+    return _TABLE[family, width, lean and head_dim == block_d(head_dim)][kernel][block_d(head_dim)]
 
 
 def precision(query):

@@ -29,7 +29,7 @@ def run_forward(policy: Policy, query, key, value, arguments, scale_log2):
         return output, logsumexp
     strides = Strides(query.stride(), key.stride(), value.stride(), output.stride())
     sizes = (heads, heads // key.shape[1], queries, key.shape[2])
-    config = table.configuration("forward", query)
+    config = table.configuration("forward", query, policy.lean)
     table.launch(
         tiles.forward,
         triton.cdiv(queries, config.block_m) * batch * heads,
@@ -79,7 +79,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
         "KEEP": policy.keep,
     }
     if key.numel():
-        config = table.configuration("key_value_gradient", query)
+        config = table.configuration("key_value_gradient", query, policy.lean)
         outputs = strides._replace(grad_key=grad_key.stride(), grad_value=grad_value.stride())
         table.launch(
             tiles.key_value_gradient,
@@ -92,7 +92,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
             **_block_options(query, config),
         )
     if query.numel():
-        config = table.configuration("query_gradient", query)
+        config = table.configuration("query_gradient", query, policy.lean)
         table.launch(
             tiles.query_gradient,
             triton.cdiv(queries, config.block_m) * batch * heads,
@@ -119,7 +119,7 @@ def run_parameter_gradient(
 ):
     """`inputs`: query, key, value, grad_output, logsumexp, delta."""
     query = inputs[0]
-    config = table.configuration("parameter_gradient", query)
+    config = table.configuration("parameter_gradient", query, policy.lean)
     strides = Strides(*(t.stride() for t in inputs[:3]), grad_output=inputs[3].stride())
     extents = (*extents, *(0,) * (6 - len(extents)))
     table.launch(

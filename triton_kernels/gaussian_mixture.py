@@ -191,7 +191,13 @@ def reduce_mixture(
 
 
 MIXTURE = tiles.Policy(
-    mixture_term, tiles.product_logits, tiles.product_score_gradient, tiles.keep_in_bounds, tiles.every_key, None
+    mixture_term,
+    tiles.product_logits,
+    tiles.product_score_gradient,
+    tiles.keep_in_bounds,
+    tiles.every_key,
+    None,
+    lean=True,
 )
 MIXTURE_PARAMETERS = tiles.ParameterPolicy(
     mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish
@@ -309,7 +315,8 @@ def _mixture_parameter_gradients(inputs, arguments, grid_h, grid_w, num_prefix, 
     gaussians, heads = arguments.alpha.shape
     empty = query.shape[0] * grid_h * grid_w == 0
     grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
-    tile_h, tile_w = patch_shape(grid_h, grid_w, table.configuration("parameter_gradient", query).block_m)
+    config = table.configuration("parameter_gradient", query, MIXTURE.lean)
+    tile_h, tile_w = patch_shape(grid_h, grid_w, config.block_m)
     patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
     offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
     most = query.shape[0] * patches_y * patches_x // 4
@@ -366,7 +373,8 @@ def masked_product_bwd(grad_output, query, key, value, weight, output, logsumexp
     inputs = (query, key, value, grad_output, logsumexp, engine.run_row_delta(output, grad_output))
     gradients = engine.run_backward(WEIGHT, inputs, arguments, scale_log2, LN2.value)
     heads = weight.shape[0]
-    owners = heads * triton.cdiv(query.shape[2], table.configuration("parameter_gradient", query).block_m) ** 2
+    config = table.configuration("parameter_gradient", query, WEIGHT.lean)
+    owners = heads * triton.cdiv(query.shape[2], config.block_m) ** 2
     engine.run_parameter_gradient(
         WEIGHT, WEIGHT_PARAMETERS, owners, 1, grad_weight, inputs, arguments, (heads,), scale_log2
     )

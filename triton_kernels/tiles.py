@@ -66,6 +66,7 @@ class Policy(NamedTuple):
     keep: Any
     key_span: Any
     query_span: Any
+    lean: bool = False  # takes few registers: see configurations.py
 
 
 class ParameterPolicy(NamedTuple):
