@@ -28,7 +28,7 @@ import effattn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_FACTOR, BACKWARD_FACTOR = 2.0, 3.0
-DRAWS = 4
+DRAWS = 3
 
 
 class Problem(NamedTuple):
