@@ -31,20 +31,20 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 1
 # Rows: kernel -> configurations for BLOCK_D up to 64, 128 and 256.
 _MMA = {  # mma.sync: 16 rows per warp
     "forward": (C(128, 32, 8, 2), C(64, 16, 4, 2), C(64, 32, 8, 2)),
-    "key_value_gradient": (C(32, 64, 4, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
-    "query_gradient": (C(64, 16, 4, 2), C(64, 16, 4, 2), C(32, 16, 4, 2)),
+    "key_value_gradient": (C(32, 32, 4, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
+    "query_gradient": (C(64, 16, 4, 2), C(64, 16, 4, 2), C(32, 16, 4, 1)),
     "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
 }
 _WGMMA = {  # 64 rows per warpgroup, and columns worth its while
     "forward": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
-    "key_value_gradient": (C(32, 64, 4, 2), C(32, 64, 8, 2), C(32, 32, 8, 1)),
+    "key_value_gradient": (C(32, 64, 4, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
     "query_gradient": (C(128, 64, 8, 2), C(64, 16, 4, 2), C(32, 16, 4, 2)),
-    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
+    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 2), C(16, 16, 4, 1)),
 }
 _TCGEN05 = {  # as wgmma, with accumulators in 512 columns of tensor memory
-    "forward": (C(64, 64, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
-    "key_value_gradient": (C(32, 64, 8, 2), C(16, 64, 8, 2), C(32, 32, 8, 1)),
-    "query_gradient": (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 16, 4, 2)),
+    "forward": (C(64, 64, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2)),
+    "key_value_gradient": (C(32, 64, 8, 2), C(32, 32, 4, 1), C(32, 32, 8, 1)),
+    "query_gradient": (C(128, 32, 8, 2), C(128, 32, 8, 2), C(64, 16, 4, 2)),
     "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
 }
 _MFMA = {
@@ -56,7 +56,7 @@ _MFMA = {
 _FMA = {  # fp32 on NVIDIA: operands live in registers, so tiles are small
     "forward": (C(32, 32, 4, 2), C(16, 32, 8, 1), C(16, 32, 8, 1)),
     "key_value_gradient": (C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
-    "query_gradient": (C(32, 32, 8, 1), C(16, 16, 8, 1), C(16, 16, 8, 1)),
+    "query_gradient": (C(32, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 8, 1)),
     "parameter_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
 }
 _MFMA_SINGLE = {  # 512 registers a thread at 4 warps
