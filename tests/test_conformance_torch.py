@@ -96,6 +96,9 @@ def test_fake_kernels_tell_shapes_strides_and_dtypes(case, backend, shape):
 @EVERYWHERE
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiles_to_one_graph_that_serves_every_length(case, backend):
+    if backend == "reference" and case != CASES[case.op][0]:
+        pytest.skip("plain PyTorch, once per operator")
+
     def call(tensors, options):
         return case(tensors, options, backend)
 

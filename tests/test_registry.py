@@ -169,6 +169,8 @@ def test_package_without_the_library_logs_the_reason_once(bare):
 def test_every_instruction_set_keeps_the_accuracy_rule(level):
     if not _native.loaded:
         pytest.skip(_native.problem)
+    if level == _native.isa():
+        pytest.skip("the level of every other test in this run")
     environment = {"EFFATTN_CPU_ISA": level}
     chosen = python("import effattn; print(effattn._native.isa())", PACKAGE.parent, **environment)
     if chosen.stdout.strip() != level:

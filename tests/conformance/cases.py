@@ -65,15 +65,15 @@ class Case:
 
     op: str
     variant: str
-    function: Callable
-    sample: Callable[[Shape, torch.Generator], dict[str, Tensor]]
-    options: Callable[[Shape], dict]
-    differentiable: tuple[str, ...]
-    formula: Callable
-    flops: Callable[[Shape], int]
-    parameters: tuple[str, ...] = ()
-    bad: tuple[tuple[str, Callable[[dict], dict], type, str], ...] = field(default=())
-    in_float32: tuple[str, ...] = ()
+    function: Callable = field(repr=False)
+    sample: Callable[[Shape, torch.Generator], dict[str, Tensor]] = field(repr=False)
+    options: Callable[[Shape], dict] = field(repr=False)
+    differentiable: tuple[str, ...] = field(repr=False)
+    formula: Callable = field(repr=False)
+    flops: Callable[[Shape], int] = field(repr=False)
+    parameters: tuple[str, ...] = field(default=(), repr=False)
+    bad: tuple[tuple[str, Callable[[dict], dict], type, str], ...] = field(default=(), repr=False)
+    in_float32: tuple[str, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return f"{self.op}[{self.variant}]" if self.variant else self.op
