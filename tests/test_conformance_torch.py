@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conformance import (
+    CASES,
     RecordedCalls,
     Shape,
     assert_same_bits,
