@@ -4,14 +4,15 @@
 //   dP = dO V^T,  dLogit = P * (dP - delta),  dS = dLogit * slope,     slope = d logit / d S
 //   dV = P^T dO,  dK = dS^T Q,  dQ = dS K,    d slope = dLogit * S     (what a multiplying family's parameters receive)
 //
-// A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96 queries, all in micro-tiles of 6 x 64 (AVX-512):
+// A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96 queries, all in micro-tiles of 6 x 64
+// (AVX-512):
 //   S, dP   96 x 192   Q and dO rows against K^T and V^T, packed once per task
 //   P, dS              one pass row by row over S and dP; bf16 also stores both with pairs of rows interleaved, the operand of the next two products
 //   dV, dK  192 x D    += P^T dO, dS^T Q: the 96 x 192 tiles read by columns
 //   dQ      96 x D     += dS K
-// In L2: K and V of the block in three packings, both tiles, dK and dV of the block; in L1: one panel of 64 keys (16 KB at D = 64 fp32) and the rows of 6 queries.
-// Chunks depend on the problem only, never on the threads; their dQ are added up in order, so every bit is the same on any number of threads.
-// FLOPs 10 N M D per head, one exp2 per score. Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
+// In L2: K and V of the block in three packings, both tiles, dK and dV of the block; in L1: one panel of 64 keys (16 KB at D = 64 fp32) and the rows of 6
+// queries. Chunks depend on the problem only, never on the threads; their dQ are added up in order, so every bit is the same on any number of threads. FLOPs 10
+// N M D per head, one exp2 per score. Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
 #pragma once
 
 #include "pack.h"
@@ -21,7 +22,7 @@
 namespace effattn::EFFATTN_ISA {
 
 inline constexpr int64_t kBackwardQueries = 96;
-inline constexpr int64_t kBackwardKeys = 192;   // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
+inline constexpr int64_t kBackwardKeys = 192;          // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
 inline constexpr int64_t kTilePitch = kKeyBlock + 16;  // an odd number of cache lines: columns spread over all sets
 inline constexpr int64_t kFewestTasks = 16;
 static_assert(kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
@@ -39,8 +40,7 @@ inline BackwardScratch& backward_scratch() {
 struct KeyChunks {
   int64_t keys, blocks, chunks;
 
-  KeyChunks(int64_t keys, int64_t independent_tasks)
-      : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
+  KeyChunks(int64_t keys, int64_t independent_tasks) : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
     const int64_t wanted = (kFewestTasks + independent_tasks - 1) / larger(independent_tasks, 1);
     chunks = larger(smaller(wanted, blocks), 1);
   }
@@ -49,11 +49,11 @@ struct KeyChunks {
 };
 
 // C (rows x kVectors vectors) = or += A B, six rows at a time; rows are padded to kTileRows by the caller.
-template <class Arithmetic, int kVectors, bool kAdd>
+template <class Arithmetic, int kVectors, bool kAdd, int kSums = 1>
 __attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Arithmetic::Word* b,
     ptrdiff_t b_step, ptrdiff_t steps, float* c, ptrdiff_t c_row, ptrdiff_t rows) {
   for (ptrdiff_t r = 0; r < rows; r += kTileRows, a += kTileRows * a_row, c += kTileRows * c_row)
-    multiply_tile<Arithmetic, kVectors>(a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+    multiply_tile<Arithmetic, kVectors, kSums>(a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
       EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
         EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
           float* to = c + i * c_row + v * kLanes;
@@ -63,31 +63,55 @@ __attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a,
     });
 }
 
-// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys.
+// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys. Summed exactly as the forward sums its scores:
+// then the rounding of S and of logsumexp cancels in P = exp(S - logsumexp), which otherwise is the largest error of dV.
 template <class Arithmetic>
-EFFATTN_INLINE void multiply_panels(const typename Arithmetic::Word* rows, ptrdiff_t row_pitch, int64_t row_count, const typename Arithmetic::Word* panels,
-    int64_t packed, int64_t first, int64_t count, int64_t depth, float* to) {
-  for (int64_t column = 0; column < count; column += kTileColumns) {
-    const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);
-    const typename Arithmetic::Word* panel = panels + (first + column) * depth;
-    for_each_column_tile(round_up(smaller(kTileColumns, count - column), kLanes) / kLanes, [&](auto vectors, int64_t offset) __attribute__((always_inline)) {
-      multiply_rows<Arithmetic, vectors.value, false>(rows, row_pitch, 1, panel + offset, width, depth, to + column + offset, kTilePitch, row_count);
-    });
+struct PanelProduct {
+  using Word = typename Arithmetic::Word;
+  const Word* rows;
+  ptrdiff_t row_pitch;
+  int64_t row_count, depth;
+
+  void operator()(const Word* panels, int64_t packed, int64_t first, int64_t count, float* to) const {
+    constexpr int kVectors = kChainedVectors<Arithmetic>;
+    for (int64_t column = 0; column < count; column += kTileColumns) {
+      const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);
+      const Word* panel = panels + (first + column) * depth;
+      const int64_t vectors = round_up(smaller(kTileColumns, count - column), kLanes) / kLanes;
+      for (int64_t v = 0; v < vectors; v += kVectors) columns<kVectors>(vectors - v, panel + v * kLanes, width, to + column + v * kLanes);
+    }
   }
-}
+
+  template <int kVectors>
+  EFFATTN_INLINE void columns(int64_t vectors, const Word* panel, int64_t width, float* to) const {
+    if (vectors >= kVectors)
+      multiply_rows<Arithmetic, kVectors, false, kChains<Arithmetic>>(rows, row_pitch, 1, panel, width, depth, to, kTilePitch, row_count);
+    else if constexpr (kVectors > 1)
+      columns<kVectors - 1>(vectors, panel, width, to);
+  }
+};
 
 // A row with nothing to attend to gets P = exp2(-inf) = 0.
 EFFATTN_INLINE float usable_logsumexp(float logsumexp) { return logsumexp == -INFINITY ? INFINITY : logsumexp; }
 
-// dO . O of one row.
-inline float row_delta(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rotation) {
-  const int64_t head_dim = arguments.query.size[3], padded = round_up(head_dim, kLanes);
-  alignas(64) float output[kMaxHeadDim], gradient[kMaxHeadDim];
-  row_to_float(output, matrix_at(arguments.output, batch, head, 0, rotation), row, head_dim, padded);
-  row_to_float(gradient, matrix_at(arguments.grad_output, batch, head, 0, rotation), row, head_dim, padded);
-  Vec sum = {};
-  for (int64_t c = 0; c < padded; c += kLanes) sum = fma(load(output + c), load(gradient + c), sum);
-  return reduce_add(sum);
+// delta = dO . O of rows, each summed in the order in which PanelProduct sums dO V^T: where one key dominates a row, O is nearly its value, and the rounding of
+// dP - delta cancels as it does in eager's softmax backward.
+template <int kSums>
+inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t rotation, float* delta) {
+  const int64_t head_dim = arguments.query.size[3];
+  alignas(64) float output[kLanes * kMaxHeadDim], gradient[kLanes * kMaxHeadDim];
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t count = smaller(kLanes, rows - first);
+    pack_transposed<Float32>(output, matrix_at(arguments.output, batch, head, row + first, rotation), count, head_dim);
+    pack_transposed<Float32>(gradient, matrix_at(arguments.grad_output, batch, head, row + first, rotation), count, head_dim);
+    Vec sums[kSums] = {};
+    int64_t d = 0;
+    for (; d + kSums <= head_dim; d += kSums)
+      EFFATTN_UNROLL for (int c = 0; c < kSums; ++c) sums[c] = fma(load(gradient + (d + c) * kLanes), load(output + (d + c) * kLanes), sums[c]);
+    if constexpr (kSums == 2) sums[0] += sums[1];
+    for (; d < head_dim; ++d) sums[0] = fma(load(gradient + d * kLanes), load(output + d * kLanes), sums[0]);
+    store_partial(delta + first, sums[0], count);
+  }
 }
 
 // The parameter gradient of families that have none.
@@ -102,8 +126,8 @@ template <class Arithmetic>
 EFFATTN_INLINE void store_pair(typename Arithmetic::Word* to, Vec even, Vec odd) {
 #if EFFATTN_HAS_BFLOAT16_DOT
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-      30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
 #endif
 }
@@ -247,8 +271,8 @@ class Backward {
     for (int64_t r = 0; r < queries_; ++r) {
       const int64_t token = r + rotation < queries_ ? r + rotation : r + rotation - queries_;
       logsumexp_[r] = usable_logsumexp(logsumexp[token]);
-      if (!whole_rows_) delta_[r] = row_delta(arguments_, batch, head, r, rotation);
     }
+    if (!whole_rows_) row_deltas<kChains<Arithmetic>>(arguments_, batch, head, 0, queries_, rotation, delta_);
     for (int64_t r = queries_; r < padded_queries_; ++r) {
       logsumexp_[r] = INFINITY;
       delta_[r] = 0.f;
@@ -262,9 +286,10 @@ class Backward {
     // Micro-tiles of 6 keys never run into the next block's keys with columns that this pass has not written: 48 is a multiple of both 6 and kLanes.
     const int64_t count = smaller(block, round_up(visible, 48));
     const int64_t padded_rows = round_up(rows, kTileRows), padded_keys = round_up(count, kTileRows), local = key - first_key_;
-    multiply_panels<Arithmetic>(query_rows_ + row * row_pitch_, row_pitch_, padded_rows, keys_transposed_, chunk_keys_, local, count, depth_, scores_);
-    multiply_panels<Arithmetic>(
-        grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, values_transposed_, chunk_keys_, local, count, depth_, grad_scores_);
+    const PanelProduct<Arithmetic> scores = {query_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
+    const PanelProduct<Arithmetic> grad_scores = {grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
+    scores(keys_transposed_, chunk_keys_, local, count, scores_);
+    grad_scores(values_transposed_, chunk_keys_, local, count, grad_scores_);
     for (int64_t first = 0; first < rows; first += kQueryBlock) {
       policy_.stage(row + first, smaller(kQueryBlock, rows - first), key, count);
       for (int64_t r = first; r < smaller(first + kQueryBlock, padded_rows); r += kTileRows) differentiate(row, r, key, count);
@@ -272,8 +297,7 @@ class Backward {
     const int64_t query_steps = words<Arithmetic>(rows), key_steps = words<Arithmetic>(count);
     by_natural(weights_by_key_, 1, kTilePitch, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps, grad_value_ + local * pitch_);
     by_natural(grad_scores_by_key_, 1, kTilePitch, padded_keys, query_natural_ + row / kPair * pitch_, query_steps, grad_key_ + local * pitch_);
-    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_, key_steps,
-        grad_query_ + row * pitch_);
+    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_, key_steps, grad_query_ + row * pitch_);
   }
 
   // to[rows][head_dim] += A . B
@@ -306,8 +330,8 @@ class Backward {
   }
 
   template <bool kPlain, class Tile>
-  EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, Vec slope, int i, int64_t v, Vec logsumexp, int64_t limit) const {
-    Vec logit = Family::kMultiplies ? score * slope : tile.transform(score, i, v);
+  EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, int i, int64_t v, Vec logsumexp, int64_t limit) const {
+    Vec logit = tile.transform(score, i, v);
     if constexpr (!kPlain) logit = select(first_lanes(limit - v * kLanes), logit, broadcast(-INFINITY));
     return exp2<Arithmetic::kExp2Degree>(fma(logsumexp, broadcast(-kLog2E), logit));  // one rounding of the difference, not two
   }
@@ -324,8 +348,7 @@ class Backward {
       const int64_t limit = smaller(policy_.key_limit(row + r + i) - key, count);
       Vec sum = sums[i], product = products[i];
       for (int64_t v = first; v < last; ++v) {
-        const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i, v) : Vec{};
-        const Vec w = weight<kPlain>(tile, load(scores + v * kLanes), slope, i, v, logsumexp, limit);
+        const Vec w = weight<kPlain>(tile, load(scores + v * kLanes), i, v, logsumexp, limit);
         store(weights + v * kLanes, w);
         sum += w;
         product = fma(w, load(grad_scores + v * kLanes), product);
@@ -354,8 +377,10 @@ class Backward {
           const int64_t at = p * kTilePitch + v * kLanes;
           const Vec score = load(scores + at);
           const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i + p, v) : Vec{};
-          if constexpr (kWeighed) w[p] = load(weights_ + i * kTilePitch + at) * total[p];
-          else w[p] = weight<kPlain>(tile, score, slope, i + p, v, total[p], limit[p]);
+          if constexpr (kWeighed)
+            w[p] = load(weights_ + i * kTilePitch + at) * total[p];
+          else
+            w[p] = weight<kPlain>(tile, score, i + p, v, total[p], limit[p]);
           const Vec grad_logit = w[p] * (load(grad_scores + at) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
@@ -418,7 +443,8 @@ inline void backward(const AttentionBackward& arguments, const typename Family::
   Buffer partial;
   float* partials = chunks.chunks > 1 ? partial.reserve<float>(head_tasks * chunks.chunks * group * padded * pitch) : nullptr;
   typename Engine::Shared shared = {arguments, forward, parameters, sink, chunks, partials};
-  run_items(runtime, head_tasks * chunks.chunks, flops,
+  run_items(
+      runtime, head_tasks * chunks.chunks, flops,
       [](int64_t begin, int64_t end, void* context) { Engine(*static_cast<typename Engine::Shared*>(context)).run(begin, end); }, &shared);
   if (!partials) return;
 
@@ -428,7 +454,8 @@ inline void backward(const AttentionBackward& arguments, const typename Family::
     float* partials;
     int64_t chunks, group, padded, pitch, rotation;
   } reduction = {arguments, partials, chunks.chunks, group, padded, pitch, typename Family::Policy(forward, parameters).rotation()};
-  run_items(runtime, head_tasks * group, flops,
+  run_items(
+      runtime, head_tasks * group, flops,
       [](int64_t begin, int64_t end, void* context) {
         const Reduction& r = *static_cast<const Reduction*>(context);
         const int64_t batches = r.arguments.query.size[0], floats = r.padded * r.pitch;

@@ -66,8 +66,9 @@ class WeightGradient {
         pack_transposed<Arithmetic>(values_, matrix_at(arguments_.value, batch, head, key), count, head_dim_);
         pack_rows<Arithmetic>(query_rows_, row_pitch_, matrix_at(arguments_.query, batch, head, row), rows, padded_rows, head_dim_);
         pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, matrix_at(arguments_.grad_output, batch, head, row), rows, padded_rows, head_dim_);
-        multiply_panels<Arithmetic>(query_rows_, row_pitch_, padded_rows, keys_, count, 0, count, depth_, scores_);
-        multiply_panels<Arithmetic>(grad_output_rows_, row_pitch_, padded_rows, values_, count, 0, count, depth_, grad_scores_);
+        PanelProduct<Arithmetic>{query_rows_, row_pitch_, padded_rows, depth_}(keys_, count, 0, count, scores_);
+        PanelProduct<Arithmetic>{grad_output_rows_, row_pitch_, padded_rows, depth_}(values_, count, 0, count, grad_scores_);
+        row_deltas<kChains<Arithmetic>>(arguments_, batch, head, row, rows, 0, delta_);
         policy_.enter(batch, head);
         policy_.stage(row, rows, key, count);
         for (int64_t r = 0; r < rows; r += kTileRows) accumulate(batch, head, row, r, smaller(kTileRows, rows - r), key, count);
@@ -85,11 +86,11 @@ class WeightGradient {
     const auto tile = policy_.template tile<false>(row + r, key);
     for (int64_t i = 0; i < rows; ++i) {
       const float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens_;
-      const Vec total = broadcast(usable_logsumexp(logsumexp[row + r + i])), delta = broadcast(row_delta(arguments_, batch, head, row + r + i, 0));
+      const Vec total = broadcast(usable_logsumexp(logsumexp[row + r + i])), delta = broadcast(delta_[r + i]);
       const int64_t at = (r + i) * kTilePitch;
       for (int64_t v = 0; v * kLanes < count; ++v) {
         const Vec score = load(scores_ + at + v * kLanes);
-        const Vec logit = score * tile.transform(broadcast(1.f), static_cast<int>(i), static_cast<int>(v));
+        const Vec logit = tile.transform(score, static_cast<int>(i), static_cast<int>(v));
         const Vec weight = exp2<Arithmetic::kExp2Degree>(fma(total, broadcast(-kLog2E), logit));
         const Vec gradient = weight * (load(grad_scores_ + at + v * kLanes) - delta) * score;
         store(strip_ + at + v * kLanes, load(strip_ + at + v * kLanes) + gradient);
@@ -108,6 +109,7 @@ class WeightGradient {
   float* strip_;
   float* scores_;
   float* grad_scores_;
+  float delta_[kStripRows];
 };
 
 template <class Policy>
@@ -122,7 +124,8 @@ inline void weight_gradient(const AttentionBackward& arguments, const MaskedProd
   const int64_t weight_heads = gradient.weight.size[1];
   typename Pass::Shared shared = {arguments, forward, product, gradient.weight, weight_heads};
   const double tokens = static_cast<double>(arguments.query.size[2]);
-  run_items(runtime, weight_heads * Pass::strips(arguments) * Pass::key_blocks(arguments),
+  run_items(
+      runtime, weight_heads * Pass::strips(arguments) * Pass::key_blocks(arguments),
       4.0 * arguments.query.size[0] * arguments.query.size[1] * tokens * tokens * arguments.query.size[3],
       [](int64_t begin, int64_t end, void* context) { Pass(*static_cast<const typename Pass::Shared*>(context)).run(begin, end); }, &shared);
 }
