@@ -216,7 +216,7 @@ def _kernel_limits(problem: Problem) -> tuple[bool, str]:
     if problem.head_dim > MAX_HEAD_DIM:
         return False, f"head_dim {problem.head_dim} is above {MAX_HEAD_DIM}"
     if problem.dropout_p > 0.0:
-        return False, "attention dropout is served by the reference only"
+        return False, "no kernel for attention dropout"
     return True, "fused kernel"
 
 

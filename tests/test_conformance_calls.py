@@ -74,7 +74,7 @@ UNSERVED = {
         lambda a: {**a, **{n: a[n].new_zeros((*a[n].shape[:3], 257)) for n in ("query", "key", "value")}},
         "head_dim 257 is above 256",
     ),
-    "dropout": (lambda a: {**a, "dropout_p": 0.5}, "dropout is served by"),
+    "dropout": (lambda a: {**a, "dropout_p": 0.5}, "no kernel for attention dropout"),
     "meta tensors": (lambda a: {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in a.items()}, "meta"),
 }
 

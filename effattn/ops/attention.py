@@ -29,7 +29,7 @@ def _worth_it(problem: Problem) -> tuple[bool, str]:
     if 0 <= problem.work < SMALLEST_WORK[problem.dtype]:
         return False, f"{problem.work} multiply-adds: too little work to repay the call"
     if problem.dtype == torch.float32 and 0 <= problem.length < SHORTEST_FLOAT32:
-        return False, f"float32 with {problem.length} queries: torch's kernel is faster"
+        return False, f"float32 and fewer than {SHORTEST_FLOAT32} queries: torch's kernel is faster"
     return True, "faster than torch's kernel on CPU"
 
 
