@@ -7,7 +7,11 @@ import triton
 
 from . import configurations as table
 from . import tiles
-from .tiles import ParameterPolicy, Policy, Strides
+from .tiles import ParameterPolicy, Policy
+
+
+def _strides(*tensors) -> tuple:
+    return tuple(tensor.stride() for tensor in tensors)
 
 
 def _block_options(query, config) -> dict:
@@ -27,7 +31,7 @@ def run_forward(policy: Policy, query, key, value, arguments, scale_log2):
     logsumexp = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
     if query.numel() == 0:
         return output, logsumexp
-    strides = Strides(query.stride(), key.stride(), value.stride(), output.stride())
+    strides = tiles.ForwardStrides(*_strides(query, key, value, output))
     sizes = (heads, heads // key.shape[1], queries, key.shape[2])
     config = table.configuration("forward", query, policy.lean)
     table.launch(
@@ -50,7 +54,7 @@ def run_row_delta(output, grad_output):
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=output.device)
     if output.numel():
         config = table.configuration("row_delta", output)
-        strides = Strides(None, output=output.stride(), grad_output=grad_output.stride())
+        strides = tiles.DeltaStrides(*_strides(output, grad_output))
         table.launch(
             tiles.row_delta,
             triton.cdiv(queries, config.block_m) * batch * heads,
@@ -66,11 +70,11 @@ def run_row_delta(output, grad_output):
 
 def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
     """(grad_query, grad_key, grad_value); `inputs`: query, key, value, grad_output, logsumexp, delta."""
-    query, key, value, grad_output = inputs[:4]
+    query, key, value = inputs[:3]
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
-    strides = Strides(*(t.stride() for t in (query, key, value)), grad_output=grad_output.stride())
+    read = _strides(*inputs[:4])
     sizes = (heads, heads // max(key_heads, 1), queries, keys, scale_log2, gradient_scale)
     functions = {
         "TERM": policy.term,
@@ -80,25 +84,26 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
     }
     if key.numel():
         config = table.configuration("key_value_gradient", query, policy.lean)
-        outputs = strides._replace(grad_key=grad_key.stride(), grad_value=grad_value.stride())
+        strides = tiles.KeyValueStrides(*read, *_strides(grad_key, grad_value))
         table.launch(
             tiles.key_value_gradient,
             triton.cdiv(keys, config.block_n) * batch * key_heads,
             query.device,
             config,
-            *(*inputs, grad_key, grad_value, arguments, outputs, *sizes),
+            *(*inputs, grad_key, grad_value, arguments, strides, *sizes),
             QUERY_SPAN=policy.query_span,
             **functions,
             **_block_options(query, config),
         )
     if query.numel():
         config = table.configuration("query_gradient", query, policy.lean)
+        strides = tiles.QueryStrides(*read, *_strides(grad_query))
         table.launch(
             tiles.query_gradient,
             triton.cdiv(queries, config.block_m) * batch * heads,
             query.device,
             config,
-            *(*inputs, grad_query, arguments, strides._replace(grad_query=grad_query.stride()), *sizes),
+            *(*inputs, grad_query, arguments, strides, *sizes),
             KEY_SPAN=policy.key_span,
             **functions,
             **_block_options(query, config),
@@ -120,7 +125,7 @@ def run_parameter_gradient(
     """`inputs`: query, key, value, grad_output, logsumexp, delta."""
     query = inputs[0]
     config = table.configuration("parameter_gradient", query, policy.lean)
-    strides = Strides(*(t.stride() for t in inputs[:3]), grad_output=inputs[3].stride())
+    strides = tiles.ParameterStrides(*_strides(*inputs[:4]))
     extents = (*extents, *(0,) * (6 - len(extents)))
     table.launch(
         tiles.parameter_gradient,

@@ -47,6 +47,7 @@ that owns such a class sums dterm over it, or over one split of it:
 that it does not.
 """
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
@@ -77,17 +78,12 @@ class ParameterPolicy(NamedTuple):
     finish: Any
 
 
-class Strides(NamedTuple):
-    """Strides (batch, head, row, head_dim) of what a kernel reads and writes."""
-
-    query: Any
-    key: Any = None
-    value: Any = None
-    output: Any = None
-    grad_output: Any = None
-    grad_query: Any = None
-    grad_key: Any = None
-    grad_value: Any = None
+# Strides (batch, head, row, head_dim) of what each kernel reads and writes.
+ForwardStrides = namedtuple("ForwardStrides", "query key value output")
+DeltaStrides = namedtuple("DeltaStrides", "output grad_output")
+KeyValueStrides = namedtuple("KeyValueStrides", "query key value grad_output grad_key grad_value")
+QueryStrides = namedtuple("QueryStrides", "query key value grad_output grad_query")
+ParameterStrides = namedtuple("ParameterStrides", "query key value grad_output")
 
 
 # ---- parts that policies share ----
