@@ -44,7 +44,7 @@ def cases():
     ]
     chosen += [("gaussian_mixture", "sm_80", "float32", head_dim, ENGINE) for head_dim in HEAD_DIMS]
     chosen += [("gaussian_mixture", family, "float32", 64, ("forward",)) for family in CUDA if family != "sm_80"]
-    chosen += [("gaussian_mixture", "cdna", dtype, 64, ENGINE) for dtype in ("bfloat16", "float32")]
+    chosen += [("gaussian_mixture", "cdna", "bfloat16", 64, ENGINE)]
     chosen += [
         ("gaussian_mixture", "sm_90", "bfloat16", 64, ("build_table", "row_delta", "reduce_mixture")),
         ("gaussian_mixture", "sm_90", "tf32", 64, ("forward", "key_value_gradient")),
@@ -137,7 +137,7 @@ def oversized(tmp_path_factory):
     """Deliberately bad configurations, of which the checks must complain."""
     cases = [
         ("gaussian_mixture", "sm_90", "bfloat16", 128, ("forward",), (128, 128, 4, 2)),
-        ("gaussian_mixture", "sm_120", "bfloat16", 128, ("query_gradient",), (64, 64, 4, 3)),
+        ("gaussian_mixture", "sm_120", "bfloat16", 256, ("forward",), (128, 64, 8, 3)),
         ("gaussian_mixture", "sm_90", "float32", 64, ("query_gradient",), (64, 64, 8, 1)),
         ("gaussian_mixture", "sm_100", "bfloat16", 256, ("key_value_gradient",), (32, 128, 8, 1)),
     ]

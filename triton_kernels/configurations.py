@@ -45,7 +45,7 @@ _TCGEN05 = {  # as wgmma, with accumulators in 512 columns of tensor memory
     "forward": (C(64, 64, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2)),
     "key_value_gradient": (C(32, 64, 8, 2), C(32, 32, 4, 1), C(32, 32, 8, 1)),
     "query_gradient": (C(128, 32, 8, 2), C(128, 32, 8, 2), C(64, 16, 4, 2)),
-    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+    "parameter_gradient": (C(64, 64, 8, 2), C(64, 64, 8, 1), C(16, 16, 4, 1)),
 }
 _MFMA = {
     "forward": (C(128, 64, 8, 2), C(64, 32, 4, 2), C(64, 32, 8, 2)),
