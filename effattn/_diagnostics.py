@@ -129,7 +129,8 @@ def _wrong_results():
             if not verdict.ok or verdict.backend == "reference":
                 continue
             try:
-                error = max((got - want).abs().max().item() for got, want in zip(step(verdict.backend), expected))
+                errors = [(got - want).abs().max() for got, want in zip(step(verdict.backend), expected)]
+                error = torch.stack(errors).max().item()  # unlike max(), keeps a NaN
             except Exception as failure:  # noqa: BLE001 - whatever a broken driver or compiler raises is the finding
                 yield f"backend {verdict.backend} on {device} fails: {str(failure).splitlines()[0]}", _rebuild()
             else:

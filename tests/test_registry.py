@@ -112,6 +112,7 @@ def test_doctor_finds_a_kernel_that_computes_something_else(bare):
         "_native.loaded = True;"
         "L = torch.library.Library('effattn', 'IMPL');"
         "L.impl('gaussian_mixture_fwd', lambda q, *a: (q + 1, q[..., 0].clone()), 'CPU');"
+        "L.impl('gaussian_mixture_bwd', lambda g, *a: tuple(map(torch.zeros_like, a[:5])), 'CPU');"
         "_native.isa = lambda: 'sabotaged';"
         "raise SystemExit(_diagnostics.doctor())"
     )
