@@ -27,7 +27,7 @@ $(BUILT): $(INSTALLED) setup.py $(NATIVE)
 install: $(BUILT)
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 bench: install
 	mkdir -p build
