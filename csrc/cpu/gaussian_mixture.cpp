@@ -192,7 +192,8 @@ void gaussian_mixture_forward(const AttentionForward& attention, const GaussianM
   forward_any_type<GaussianMixturePolicy>(attention, mixture, runtime);
 }
 
-void gaussian_mixture_backward(const AttentionBackward& attention, const GaussianMixture& mixture, const GaussianMixtureGrad& gradient, const Runtime& runtime) {
+void gaussian_mixture_backward(
+    const AttentionBackward& attention, const GaussianMixture& mixture, const GaussianMixtureGrad& gradient, const Runtime& runtime) {
   const int64_t batches = attention.query.size[0], heads = attention.query.size[1];
   const KeyChunks chunks(attention.key.size[2], batches * heads);
   Buffer folded;
