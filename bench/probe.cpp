@@ -5,8 +5,9 @@
 //   instruction(kind)                                     -> the instruction that peak(kind) issues, "" if none
 //
 // A peak loop keeps 12 independent accumulators in registers and touches no memory: 12 covers latency x throughput of
-// every x86 and Arm core so far. Every thread starts at one barrier; a repeat is timed from there to the last thread's end.
-// The file is compiled for the baseline ISA; wider instructions are behind target attributes and asked for at run time.
+// every x86 and Arm core so far. Every thread starts at one barrier; a repeat is timed from there to the last thread's
+// end. The file is compiled for the baseline ISA; wider instructions are behind target attributes and asked for at run
+// time.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -116,10 +117,13 @@ Peak find_peak(const std::string& kind) {
   const bool wide = __builtin_cpu_supports("avx512f");
   if (kind == "fp32") {
     if (wide) return {"vfmadd, 512 bits", kAccumulators * 16 * 2.0, fma_avx512};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"vfmadd, 256 bits", kAccumulators * 8 * 2.0, fma_avx2};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return {"vfmadd, 256 bits", kAccumulators * 8 * 2.0, fma_avx2};
   }
-  if (kind == "bf16" && wide && __builtin_cpu_supports("avx512bf16")) return {"vdpbf16ps, 512 bits", kAccumulators * 16 * 4.0, dot_bf16};
-  if (kind == "int8" && wide && __builtin_cpu_supports("avx512vnni")) return {"vpdpbusd, 512 bits", kAccumulators * 16 * 8.0, dot_int8};
+  if (kind == "bf16" && wide && __builtin_cpu_supports("avx512bf16"))
+    return {"vdpbf16ps, 512 bits", kAccumulators * 16 * 4.0, dot_bf16};
+  if (kind == "int8" && wide && __builtin_cpu_supports("avx512vnni"))
+    return {"vpdpbusd, 512 bits", kAccumulators * 16 * 8.0, dot_int8};
   return {};
 }
 
@@ -207,8 +211,8 @@ py::array_t<double> peak(const std::string& kind, int threads, int repeats) {
   return rates;
 }
 
-py::array_t<double> copy_bandwidth(
-    py::array_t<std::uint8_t, py::array::c_style> destination, py::array_t<std::uint8_t, py::array::c_style> source, int threads, int repeats) {
+py::array_t<double> copy_bandwidth(py::array_t<std::uint8_t, py::array::c_style> destination,
+    py::array_t<std::uint8_t, py::array::c_style> source, int threads, int repeats) {
   require_positive(threads, repeats);
   if (destination.size() != source.size()) throw std::invalid_argument("destination and source must have one size");
   std::uint8_t* to = destination.mutable_data();
@@ -229,7 +233,8 @@ py::array_t<double> copy_bandwidth(
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("copy_bandwidth", &copy_bandwidth, py::arg("destination").noconvert(), py::arg("source"), py::arg("threads"), py::arg("repeats"));
+  module.def("copy_bandwidth", &copy_bandwidth, py::arg("destination").noconvert(), py::arg("source"),
+      py::arg("threads"), py::arg("repeats"));
   module.def("peak", &peak, py::arg("kind"), py::arg("threads"), py::arg("repeats"));
   module.def("instruction", [](const std::string& kind) { return find_peak(kind).instruction; }, py::arg("kind"));
 }

@@ -3,7 +3,8 @@
 namespace effattn::bindings {
 namespace {
 
-AttentionMask mask_of(const std::optional<TorchTensor>& attn_mask, const Tensor& query, const Tensor& key, bool is_causal) {
+AttentionMask mask_of(
+    const std::optional<TorchTensor>& attn_mask, const Tensor& query, const Tensor& key, bool is_causal) {
   AttentionMask mask = {{}, is_causal};
   if (attn_mask) {
     mask.bias = view(*attn_mask, "attn_mask");
@@ -13,8 +14,8 @@ AttentionMask mask_of(const std::optional<TorchTensor>& attn_mask, const Tensor&
   return mask;
 }
 
-std::tuple<TorchTensor, TorchTensor> attention_fwd(
-    TorchTensor query, TorchTensor key, TorchTensor value, std::optional<TorchTensor> attn_mask, bool is_causal, double scale) {
+std::tuple<TorchTensor, TorchTensor> attention_fwd(TorchTensor query, TorchTensor key, TorchTensor value,
+    std::optional<TorchTensor> attn_mask, bool is_causal, double scale) {
   Forward forward = prepare_forward(query, key, value, scale);
   const Tensor& q = forward.arguments.query;
   const AttentionMask mask = mask_of(attn_mask, q, forward.arguments.key, is_causal);
@@ -22,8 +23,9 @@ std::tuple<TorchTensor, TorchTensor> attention_fwd(
   return {std::move(forward.output), std::move(forward.logsumexp)};
 }
 
-std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value,
-    std::optional<TorchTensor> attn_mask, TorchTensor output, TorchTensor logsumexp, bool is_causal, double scale) {
+std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_bwd(TorchTensor grad_output, TorchTensor query,
+    TorchTensor key, TorchTensor value, std::optional<TorchTensor> attn_mask, TorchTensor output, TorchTensor logsumexp,
+    bool is_causal, double scale) {
   Backward backward = prepare_backward(grad_output, query, key, value, output, logsumexp, scale);
   const Tensor& q = backward.arguments.query;
   const AttentionMask mask = mask_of(attn_mask, q, backward.arguments.key, is_causal);

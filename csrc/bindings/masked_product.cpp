@@ -7,13 +7,15 @@ namespace {
 MaskedProduct product_of(const TorchTensor& weight, int64_t heads, int64_t tokens) {
   Tensor w = view(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 3 && w.dtype != DType::kBool, "weight must be a floating (1 or H, N, N) tensor");
-  STD_TORCH_CHECK(w.size[1] == 1 || w.size[1] == heads, "weight has ", w.size[1], " heads where 1 or ", heads, " are needed");
+  STD_TORCH_CHECK(
+      w.size[1] == 1 || w.size[1] == heads, "weight has ", w.size[1], " heads where 1 or ", heads, " are needed");
   check_sizes(w, {1, w.size[1], tokens, tokens}, "weight");
   if (w.size[1] == 1) w.stride[1] = 0;
   return {w};
 }
 
-std::tuple<TorchTensor, TorchTensor> masked_product_fwd(TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor weight, double scale) {
+std::tuple<TorchTensor, TorchTensor> masked_product_fwd(
+    TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor weight, double scale) {
   Forward forward = prepare_forward(query, key, value, scale);
   const Tensor& q = forward.arguments.query;
   check_sizes(forward.arguments.key, {q.size[0], q.size[1], q.size[2], q.size[3]}, "key");
@@ -22,8 +24,9 @@ std::tuple<TorchTensor, TorchTensor> masked_product_fwd(TorchTensor query, Torch
   return {std::move(forward.output), std::move(forward.logsumexp)};
 }
 
-std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> masked_product_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value,
-    TorchTensor weight, TorchTensor output, TorchTensor logsumexp, double scale) {
+std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> masked_product_bwd(TorchTensor grad_output,
+    TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor weight, TorchTensor output,
+    TorchTensor logsumexp, double scale) {
   Backward backward = prepare_backward(grad_output, query, key, value, output, logsumexp, scale);
   const Tensor& q = backward.arguments.query;
   check_sizes(backward.arguments.key, {q.size[0], q.size[1], q.size[2], q.size[3]}, "key");
@@ -31,7 +34,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> masked_product_bw
   TorchTensor grad_weight = torch::stable::empty_like(weight);
   const MaskedProductGrad gradient = {view(grad_weight, "grad_weight")};
   kernels(q.dtype).masked_product_backward(backward.arguments, product, gradient, runtime());
-  return {std::move(backward.grad_query), std::move(backward.grad_key), std::move(backward.grad_value), std::move(grad_weight)};
+  return {std::move(backward.grad_query), std::move(backward.grad_key), std::move(backward.grad_value),
+      std::move(grad_weight)};
 }
 
 }  // namespace

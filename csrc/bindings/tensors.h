@@ -1,4 +1,5 @@
-// Between torch tensors and kernel arguments. All checks here guard memory; what a user can get wrong is reported by the Python front.
+// Between torch tensors and kernel arguments. All checks here guard memory; what a user can get wrong is reported by
+// the Python front.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -51,7 +52,8 @@ inline Tensor view(const TorchTensor& tensor, const char* name) {
 
 inline void check_sizes(const Tensor& tensor, const std::array<int64_t, 4>& wanted, const char* name) {
   for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(tensor.size[d] == wanted[d], name, " has size ", tensor.size[d], " where ", wanted[d], " is needed (dimension ", d, " of 4)");
+    STD_TORCH_CHECK(tensor.size[d] == wanted[d], name, " has size ", tensor.size[d], " where ", wanted[d],
+        " is needed (dimension ", d, " of 4)");
 }
 
 inline TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
@@ -59,11 +61,13 @@ inline TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, i
   const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float16();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return TorchTensor(handle);
 }
 
-// torch.empty_like: the strides of a dense tensor are kept. Only what is not dense takes the slow way through the dispatcher.
+// torch.empty_like: the strides of a dense tensor are kept. Only what is not dense takes the slow way through the
+// dispatcher.
 inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
   int64_t expected = 1;
   bool used[4] = {};
@@ -81,9 +85,10 @@ inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
 inline Runtime runtime() {
   uint32_t threads = 1;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
-  return {static_cast<int>(threads), [](int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
-          }};
+  return {
+      static_cast<int>(threads), [](int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+      }};
 }
 
 struct Forward {
@@ -91,18 +96,22 @@ struct Forward {
   TorchTensor output, logsumexp;
 };
 
-inline Forward prepare_forward(const TorchTensor& query, const TorchTensor& key, const TorchTensor& value, double scale) {
+inline Forward prepare_forward(
+    const TorchTensor& query, const TorchTensor& key, const TorchTensor& value, double scale) {
   const Tensor q = view(query, "query"), k = view(key, "key"), v = view(value, "value");
-  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype, "query, key and value must share one floating dtype");
+  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype,
+      "query, key and value must share one floating dtype");
   STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
   check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");
   check_sizes(v, {q.size[0], k.size[1], k.size[2], q.size[3]}, "value");
-  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0), "heads of query must be a multiple of heads of key");
+  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0),
+      "heads of query must be a multiple of heads of key");
   TorchTensor output = empty_like(query, q);
   const int64_t sizes[3] = {q.size[0], q.size[1], q.size[2]};
   const int64_t strides[3] = {q.size[1] * q.size[2], q.size[2], 1};
   TorchTensor logsumexp = empty_strided(sizes, strides, 3, ScalarType::Float);
-  const AttentionForward arguments = {q, k, v, view(output, "output"), static_cast<float*>(logsumexp.data_ptr()), static_cast<float>(scale)};
+  const AttentionForward arguments = {
+      q, k, v, view(output, "output"), static_cast<float*>(logsumexp.data_ptr()), static_cast<float>(scale)};
   return {arguments, std::move(output), std::move(logsumexp)};
 }
 
@@ -111,29 +120,36 @@ struct Backward {
   TorchTensor grad_query, grad_key, grad_value;
 };
 
-inline Backward prepare_backward(const TorchTensor& grad_output, const TorchTensor& query, const TorchTensor& key, const TorchTensor& value,
-    const TorchTensor& output, const TorchTensor& logsumexp, double scale) {
-  const Tensor g = view(grad_output, "grad_output"), q = view(query, "query"), k = view(key, "key"), v = view(value, "value"), o = view(output, "output");
-  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype && o.dtype == q.dtype && g.dtype == q.dtype,
+inline Backward prepare_backward(const TorchTensor& grad_output, const TorchTensor& query, const TorchTensor& key,
+    const TorchTensor& value, const TorchTensor& output, const TorchTensor& logsumexp, double scale) {
+  const Tensor g = view(grad_output, "grad_output"), q = view(query, "query"), k = view(key, "key"),
+               v = view(value, "value"), o = view(output, "output");
+  STD_TORCH_CHECK(
+      q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype && o.dtype == q.dtype && g.dtype == q.dtype,
       "query, key, value, output and grad_output must share one floating dtype");
   STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
   check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");
   check_sizes(v, {q.size[0], k.size[1], k.size[2], q.size[3]}, "value");
   check_sizes(o, {q.size[0], q.size[1], q.size[2], q.size[3]}, "output");
   check_sizes(g, {q.size[0], q.size[1], q.size[2], q.size[3]}, "grad_output");
-  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0), "heads of query must be a multiple of heads of key");
-  STD_TORCH_CHECK(logsumexp.is_cpu() && logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() && logsumexp.dim() == 3 &&
-                      logsumexp.size(0) == q.size[0] && logsumexp.size(1) == q.size[1] && logsumexp.size(2) == q.size[2],
+  STD_TORCH_CHECK(q.size[1] == 0 || (k.size[1] > 0 && q.size[1] % k.size[1] == 0),
+      "heads of query must be a multiple of heads of key");
+  STD_TORCH_CHECK(logsumexp.is_cpu() && logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
+                      logsumexp.dim() == 3 && logsumexp.size(0) == q.size[0] && logsumexp.size(1) == q.size[1] &&
+                      logsumexp.size(2) == q.size[2],
       "logsumexp must be a contiguous float32 (B, H, N) CPU tensor");
   TorchTensor grad_query = empty_like(query, q), grad_key = empty_like(key, k), grad_value = empty_like(value, v);
-  const AttentionBackward arguments = {g, q, k, v, o, static_cast<const float*>(logsumexp.data_ptr()), view(grad_query, "grad_query"), view(grad_key, "grad_key"),
-      view(grad_value, "grad_value"), static_cast<float>(scale)};
+  const AttentionBackward arguments = {g, q, k, v, o, static_cast<const float*>(logsumexp.data_ptr()),
+      view(grad_query, "grad_query"), view(grad_key, "grad_key"), view(grad_value, "grad_value"),
+      static_cast<float>(scale)};
   return {arguments, std::move(grad_query), std::move(grad_key), std::move(grad_value)};
 }
 
 inline const float* float_parameter(const TorchTensor& tensor, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name, " must be a contiguous float32 CPU tensor");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ", columns);
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+      " must be a contiguous float32 CPU tensor");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows,
+      " x ", columns);
   return static_cast<const float*>(tensor.data_ptr());
 }
 

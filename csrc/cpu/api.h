@@ -57,7 +57,8 @@ struct Kernels {
 #undef EFFATTN_KERNEL
 };
 
-// The kernels for this element type on this processor; the environment variable EFFATTN_CPU_ISA, read once, can name a lower level.
+// The kernels for this element type on this processor; the environment variable EFFATTN_CPU_ISA, read once, can name a
+// lower level.
 const Kernels& kernels(DType dtype);
 
 // baseline, avx2, avx512 or avx512_bf16.

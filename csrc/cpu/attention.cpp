@@ -1,7 +1,9 @@
-// Plain scaled dot-product attention: S = scale * Q K^T (+ bias), softmax over the keys j <= i if causal (top-left aligned), grouped-query heads.
+// Plain scaled dot-product attention: S = scale * Q K^T (+ bias), softmax over the keys j <= i if causal (top-left
+// aligned), grouped-query heads.
 //
-// Without bias a score costs one multiply beyond the product; with a dense bias one load and two multiply-adds, read in place when float32 (dense_tile.h).
-// Causal blocks past the diagonal are not computed. FLOPs 4 N M D per head (half if causal).
+// Without bias a score costs one multiply beyond the product; with a dense bias one load and two multiply-adds, read in
+// place when float32 (dense_tile.h). Causal blocks past the diagonal are not computed. FLOPs 4 N M D per head (half if
+// causal).
 #include "backward.h"
 #include "dense_tile.h"
 #include "forward.h"
@@ -56,7 +58,9 @@ class BiasPolicy {
   struct Tile {
     DenseTile::Rows<kPlain> bias;
     float factor;
-    EFFATTN_INLINE Vec transform(Vec score, int r, int v) const { return fma(score, broadcast(factor), bias.load(r, v) * broadcast(kLog2E)); }
+    EFFATTN_INLINE Vec transform(Vec score, int r, int v) const {
+      return fma(score, broadcast(factor), bias.load(r, v) * broadcast(kLog2E));
+    }
   };
 
   template <bool kPlain>
@@ -89,8 +93,10 @@ void attention_forward(const AttentionForward& attention, const AttentionMask& m
 
 void attention_backward(const AttentionBackward& attention, const AttentionMask& mask, const Runtime& runtime) {
   const KeyChunks chunks(attention.key.size[2], attention.query.size[0] * attention.key.size[1]);
-  if (mask.bias.data) backward_any_type<AttentionFamily<BiasPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
-  else backward_any_type<AttentionFamily<PlainPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
+  if (mask.bias.data)
+    backward_any_type<AttentionFamily<BiasPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
+  else
+    backward_any_type<AttentionFamily<PlainPolicy>>(attention, mask, chunks, NoParameterGradient{}, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

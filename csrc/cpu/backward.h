@@ -1,18 +1,25 @@
-// Flash attention backward, one engine for every softmax family: the transform of the forward policy (policy.h), its slope, and a sink for parameter gradients.
+// Flash attention backward, one engine for every softmax family: the transform of the forward policy (policy.h), its
+// slope, and a sink for parameter gradients.
 //
 //   S = Q K^T,  logit = transform(S),  P = exp(logit - logsumexp),  delta_i = dO_i . O_i
 //   dP = dO V^T,  dLogit = P * (dP - delta),  dS = dLogit * slope,     slope = d logit / d S
 //   dV = P^T dO,  dK = dS^T Q,  dQ = dS K,    d slope = dLogit * S     (what a multiplying family's parameters receive)
 //
-// A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96 queries, all in micro-tiles of 6 x 64
-// (AVX-512):
-//   S, dP   96 x 192   Q and dO rows against K^T and V^T, packed once per task
-//   P, dS              one pass row by row over S and dP; bf16 also stores both with pairs of rows interleaved, the operand of the next two products
-//   dV, dK  192 x D    += P^T dO, dS^T Q: the 96 x 192 tiles read by columns
-//   dQ      96 x D     += dS K
-// In L2: K and V of the block in three packings, both tiles, dK and dV of the block; in L1: one panel of 64 keys (16 KB at D = 64 fp32) and the rows of 6
-// queries. Chunks depend on the problem only, never on the threads; their dQ are added up in order, so every bit is the same on any number of threads. FLOPs 10
-// N M D per head, one exp2 per score. Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
+// A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96
+// queries, all in micro-tiles of 6 x 64 (AVX-512):
+//   S, dP     96 x 192   Q and dO rows against K^T and V^T, packed once per task
+//
+//   P, dS                one pass row by row over S and dP; bf16 also stores both with pairs of rows interleaved, the
+//                        operand of the next two products
+//
+//   dV, dK    192 x D    += P^T dO, dS^T Q: the 96 x 192 tiles read by columns
+//
+//   dQ        96 x D     += dS K
+//
+// In L2: K and V of the block in three packings, both tiles, dK and dV of the block; in L1: one panel of 64 keys (16 KB
+// at D = 64 fp32) and the rows of 6 queries. Chunks depend on the problem only, never on the threads; their dQ are
+// added up in order, so every bit is the same on any number of threads. FLOPs 10 N M D per head, one exp2 per score.
+// Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
 #pragma once
 
 #include "pack.h"
@@ -22,10 +29,12 @@
 namespace effattn::EFFATTN_ISA {
 
 inline constexpr int64_t kBackwardQueries = 96;
-inline constexpr int64_t kBackwardKeys = 192;          // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
+inline constexpr int64_t kBackwardKeys =
+    192;  // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
 inline constexpr int64_t kTilePitch = kKeyBlock + 16;  // an odd number of cache lines: columns spread over all sets
 inline constexpr int64_t kFewestTasks = 16;
-static_assert(kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
+static_assert(
+    kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
 
 struct BackwardScratch {
   Buffer keys, queries, gradients, tiles;
@@ -40,7 +49,8 @@ inline BackwardScratch& backward_scratch() {
 struct KeyChunks {
   int64_t keys, blocks, chunks;
 
-  KeyChunks(int64_t keys, int64_t independent_tasks) : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
+  KeyChunks(int64_t keys, int64_t independent_tasks)
+      : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
     const int64_t wanted = (kFewestTasks + independent_tasks - 1) / larger(independent_tasks, 1);
     chunks = larger(smaller(wanted, blocks), 1);
   }
@@ -50,21 +60,23 @@ struct KeyChunks {
 
 // C (rows x kVectors vectors) = or += A B, six rows at a time; rows are padded to kTileRows by the caller.
 template <class Arithmetic, int kVectors, bool kAdd, int kSums = 1>
-__attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Arithmetic::Word* b,
-    ptrdiff_t b_step, ptrdiff_t steps, float* c, ptrdiff_t c_row, ptrdiff_t rows) {
+__attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step,
+    const typename Arithmetic::Word* b, ptrdiff_t b_step, ptrdiff_t steps, float* c, ptrdiff_t c_row, ptrdiff_t rows) {
   for (ptrdiff_t r = 0; r < rows; r += kTileRows, a += kTileRows * a_row, c += kTileRows * c_row)
-    multiply_tile<Arithmetic, kVectors, kSums>(a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
-      EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
-        EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
-          float* to = c + i * c_row + v * kLanes;
-          store(to, kAdd ? load(to) + accumulator[i][v] : accumulator[i][v]);
-        }
-      }
-    });
+    multiply_tile<Arithmetic, kVectors, kSums>(
+        a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+              float* to = c + i * c_row + v * kLanes;
+              store(to, kAdd ? load(to) + accumulator[i][v] : accumulator[i][v]);
+            }
+          }
+        });
 }
 
-// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys. Summed exactly as the forward sums its scores:
-// then the rounding of S and of logsumexp cancels in P = exp(S - logsumexp), which otherwise is the largest error of dV.
+// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys. Summed
+// exactly as the forward sums its scores: then the rounding of S and of logsumexp cancels in P = exp(S - logsumexp),
+// which otherwise is the largest error of dV.
 template <class Arithmetic>
 struct PanelProduct {
   using Word = typename Arithmetic::Word;
@@ -78,14 +90,16 @@ struct PanelProduct {
       const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);
       const Word* panel = panels + (first + column) * depth;
       const int64_t vectors = round_up(smaller(kTileColumns, count - column), kLanes) / kLanes;
-      for (int64_t v = 0; v < vectors; v += kVectors) columns<kVectors>(vectors - v, panel + v * kLanes, width, to + column + v * kLanes);
+      for (int64_t v = 0; v < vectors; v += kVectors)
+        columns<kVectors>(vectors - v, panel + v * kLanes, width, to + column + v * kLanes);
     }
   }
 
   template <int kVectors>
   EFFATTN_INLINE void columns(int64_t vectors, const Word* panel, int64_t width, float* to) const {
     if (vectors >= kVectors)
-      multiply_rows<Arithmetic, kVectors, false, kChains<Arithmetic>>(rows, row_pitch, 1, panel, width, depth, to, kTilePitch, row_count);
+      multiply_rows<Arithmetic, kVectors, false, kChains<Arithmetic>>(
+          rows, row_pitch, 1, panel, width, depth, to, kTilePitch, row_count);
     else if constexpr (kVectors > 1)
       columns<kVectors - 1>(vectors, panel, width, to);
   }
@@ -94,20 +108,23 @@ struct PanelProduct {
 // A row with nothing to attend to gets P = exp2(-inf) = 0.
 EFFATTN_INLINE float usable_logsumexp(float logsumexp) { return logsumexp == -INFINITY ? INFINITY : logsumexp; }
 
-// delta = dO . O of rows, each summed in the order in which PanelProduct sums dO V^T: where one key dominates a row, O is nearly its value, and the rounding of
-// dP - delta cancels as it does in eager's softmax backward.
+// delta = dO . O of rows, each summed in the order in which PanelProduct sums dO V^T: where one key dominates a row, O
+// is nearly its value, and the rounding of dP - delta cancels as it does in eager's softmax backward.
 template <int kSums>
-inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t rotation, float* delta) {
+inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rows,
+    int64_t rotation, float* delta) {
   const int64_t head_dim = arguments.query.size[3];
   alignas(64) float output[kLanes * kMaxHeadDim], gradient[kLanes * kMaxHeadDim];
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t count = smaller(kLanes, rows - first);
     pack_transposed<Float32>(output, matrix_at(arguments.output, batch, head, row + first, rotation), count, head_dim);
-    pack_transposed<Float32>(gradient, matrix_at(arguments.grad_output, batch, head, row + first, rotation), count, head_dim);
+    pack_transposed<Float32>(
+        gradient, matrix_at(arguments.grad_output, batch, head, row + first, rotation), count, head_dim);
     Vec sums[kSums] = {};
     int64_t d = 0;
     for (; d + kSums <= head_dim; d += kSums)
-      EFFATTN_UNROLL for (int c = 0; c < kSums; ++c) sums[c] = fma(load(gradient + (d + c) * kLanes), load(output + (d + c) * kLanes), sums[c]);
+      EFFATTN_UNROLL for (int c = 0; c < kSums; ++c) sums[c] =
+          fma(load(gradient + (d + c) * kLanes), load(output + (d + c) * kLanes), sums[c]);
     if constexpr (kSums == 2) sums[0] += sums[1];
     for (; d < head_dim; ++d) sums[0] = fma(load(gradient + d * kLanes), load(output + d * kLanes), sums[0]);
     store_partial(delta + first, sums[0], count);
@@ -126,14 +143,14 @@ template <class Arithmetic>
 EFFATTN_INLINE void store_pair(typename Arithmetic::Word* to, Vec even, Vec odd) {
 #if EFFATTN_HAS_BFLOAT16_DOT
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  alignas(64) static constexpr uint16_t kInterleave[32] = {
-      0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+      24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
 #endif
 }
 
-// Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the slope is scale * log2 e everywhere;
-// using Sink: NoParameterGradient, or one per thread with
+// Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the
+// slope is scale * log2 e everywhere; using Sink: NoParameterGradient, or one per thread with
 //   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task).
 template <class Arithmetic, class Family>
 class Backward {
@@ -165,10 +182,12 @@ class Backward {
         padded_queries_(round_up(queries_, kTileRows)),
         whole_rows_(shared.chunks.blocks == 1) {
     int64_t longest = 0;
-    for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk) longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
+    for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk)
+      longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
     BackwardScratch& scratch = backward_scratch();
     const int64_t transposed = transposed_words<Arithmetic>(longest, head_dim_);
-    keys_transposed_ = scratch.keys.template reserve<Word>(2 * transposed + words<Arithmetic>(longest) * pitch_ + kLanes);
+    keys_transposed_ =
+        scratch.keys.template reserve<Word>(2 * transposed + words<Arithmetic>(longest) * pitch_ + kLanes);
     values_transposed_ = keys_transposed_ + transposed;
     keys_natural_ = values_transposed_ + transposed;
 
@@ -181,7 +200,8 @@ class Backward {
     delta_ = logsumexp_ + padded_queries_;
 
     const int64_t key_rows = (longest + kTileRows) * pitch_;
-    grad_key_ = scratch.gradients.template reserve<float>(2 * key_rows + (shared.chunk_grad_query ? 0 : padded_queries_ * pitch_));
+    grad_key_ = scratch.gradients.template reserve<float>(
+        2 * key_rows + (shared.chunk_grad_query ? 0 : padded_queries_ * pitch_));
     grad_value_ = grad_key_ + key_rows;
     key_gradient_floats_ = 2 * key_rows;
     grad_query_ = grad_value_ + key_rows;
@@ -216,11 +236,13 @@ class Backward {
 
  private:
   void run_task(int64_t task, int64_t key_head, int64_t batch, int64_t first_key, int64_t end_key) {
-    const int64_t rotation = policy_.rotation(), group = arguments_.query.size[1] / arguments_.key.size[1], count = end_key - first_key;
+    const int64_t rotation = policy_.rotation(), group = arguments_.query.size[1] / arguments_.key.size[1],
+                  count = end_key - first_key;
     const Matrix keys = matrix_at(arguments_.key, batch, key_head, first_key, rotation);
     pack_transposed<Arithmetic>(keys_transposed_, keys, count, head_dim_);
     pack_natural<Arithmetic>(keys_natural_, pitch_, keys, count, head_dim_);
-    pack_transposed<Arithmetic>(values_transposed_, matrix_at(arguments_.value, batch, key_head, first_key, rotation), count, head_dim_);
+    pack_transposed<Arithmetic>(
+        values_transposed_, matrix_at(arguments_.value, batch, key_head, first_key, rotation), count, head_dim_);
     memset(grad_key_, 0, key_gradient_floats_ * sizeof(float));
     first_key_ = first_key;
     chunk_keys_ = count;
@@ -235,12 +257,14 @@ class Backward {
       memset(grad_query_, 0, query_floats * sizeof(float));
       for (int64_t key = first_key; key < end_key;) {
         const int64_t block = end_key - key <= kKeyBlock ? end_key - key : kBackwardKeys;
-        for (int64_t row = 0; row < queries_; row += kBackwardQueries) tile_pair(row, smaller(kBackwardQueries, queries_ - row), key, block);
+        for (int64_t row = 0; row < queries_; row += kBackwardQueries)
+          tile_pair(row, smaller(kBackwardQueries, queries_ - row), key, block);
         key += block;
       }
       if (!shared_.chunk_grad_query) {
         const Matrix to = matrix_at(arguments_.grad_query, batch, head, 0, rotation);
-        for (int64_t r = 0; r < queries_; ++r) store_row(to, r, grad_query_ + r * pitch_, gradient_factor(arguments_), head_dim_);
+        for (int64_t r = 0; r < queries_; ++r)
+          store_row(to, r, grad_query_ + r * pitch_, gradient_factor(arguments_), head_dim_);
       }
     }
     const Matrix to_key = matrix_at(arguments_.grad_key, batch, key_head, first_key, rotation);
@@ -254,7 +278,9 @@ class Backward {
 
  public:
   // What accumulated dS lacks: the tables of multiplying families are in log2 units and hold the scale already.
-  static Vec gradient_factor(const AttentionBackward& arguments) { return broadcast(Family::kMultiplies ? kLn2 : arguments.scale); }
+  static Vec gradient_factor(const AttentionBackward& arguments) {
+    return broadcast(Family::kMultiplies ? kLn2 : arguments.scale);
+  }
 
  private:
   void prepare_queries(int64_t batch, int64_t head) {
@@ -283,27 +309,36 @@ class Backward {
   void tile_pair(int64_t row, int64_t rows, int64_t key, int64_t block) {
     const int64_t visible = policy_.key_limit(row + rows - 1) - key;
     if (visible <= 0) return;
-    // Micro-tiles of 6 keys never run into the next block's keys with columns that this pass has not written: 48 is a multiple of both 6 and kLanes.
+    // Micro-tiles of 6 keys never run into the next block's keys with columns that this pass has not written: 48 is a
+    // multiple of both 6 and kLanes.
     const int64_t count = smaller(block, round_up(visible, 48));
-    const int64_t padded_rows = round_up(rows, kTileRows), padded_keys = round_up(count, kTileRows), local = key - first_key_;
+    const int64_t padded_rows = round_up(rows, kTileRows), padded_keys = round_up(count, kTileRows),
+                  local = key - first_key_;
     const PanelProduct<Arithmetic> scores = {query_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
-    const PanelProduct<Arithmetic> grad_scores = {grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
+    const PanelProduct<Arithmetic> grad_scores = {
+        grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
     scores(keys_transposed_, chunk_keys_, local, count, scores_);
     grad_scores(values_transposed_, chunk_keys_, local, count, grad_scores_);
     for (int64_t first = 0; first < rows; first += kQueryBlock) {
       policy_.stage(row + first, smaller(kQueryBlock, rows - first), key, count);
-      for (int64_t r = first; r < smaller(first + kQueryBlock, padded_rows); r += kTileRows) differentiate(row, r, key, count);
+      for (int64_t r = first; r < smaller(first + kQueryBlock, padded_rows); r += kTileRows)
+        differentiate(row, r, key, count);
     }
     const int64_t query_steps = words<Arithmetic>(rows), key_steps = words<Arithmetic>(count);
-    by_natural(weights_by_key_, 1, kTilePitch, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps, grad_value_ + local * pitch_);
-    by_natural(grad_scores_by_key_, 1, kTilePitch, padded_keys, query_natural_ + row / kPair * pitch_, query_steps, grad_key_ + local * pitch_);
-    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_, key_steps, grad_query_ + row * pitch_);
+    by_natural(weights_by_key_, 1, kTilePitch, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps,
+        grad_value_ + local * pitch_);
+    by_natural(grad_scores_by_key_, 1, kTilePitch, padded_keys, query_natural_ + row / kPair * pitch_, query_steps,
+        grad_key_ + local * pitch_);
+    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_,
+        key_steps, grad_query_ + row * pitch_);
   }
 
   // to[rows][head_dim] += A . B
-  void by_natural(const Word* a, ptrdiff_t a_row, ptrdiff_t a_step, int64_t row_count, const Word* b, int64_t steps, float* to) {
+  void by_natural(
+      const Word* a, ptrdiff_t a_row, ptrdiff_t a_step, int64_t row_count, const Word* b, int64_t steps, float* to) {
     for_each_column_tile(pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
-      multiply_rows<Arithmetic, vectors.value, true>(a, a_row, a_step, b + column, pitch_, steps, to + column, pitch_, row_count);
+      multiply_rows<Arithmetic, vectors.value, true>(
+          a, a_row, a_step, b + column, pitch_, steps, to + column, pitch_, row_count);
     });
   }
 
@@ -333,12 +368,15 @@ class Backward {
   EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, int i, int64_t v, Vec logsumexp, int64_t limit) const {
     Vec logit = tile.transform(score, i, v);
     if constexpr (!kPlain) logit = select(first_lanes(limit - v * kLanes), logit, broadcast(-INFINITY));
-    return exp2<Arithmetic::kExp2Degree>(fma(logsumexp, broadcast(-kLog2E), logit));  // one rounding of the difference, not two
+    return exp2<Arithmetic::kExp2Degree>(
+        fma(logsumexp, broadcast(-kLog2E), logit));  // one rounding of the difference, not two
   }
 
-  // Where one block holds all keys of a row, P is normalised here and delta is the sum of P * dP: the rounding of logsumexp cancels, and dLogit sums to 0.
+  // Where one block holds all keys of a row, P is normalised here and delta is the sum of P * dP: the rounding of
+  // logsumexp cancels, and dLogit sums to 0.
   template <bool kPlain>
-  __attribute__((noinline)) void weigh(int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last, Vec* sums, Vec* products) {
+  __attribute__((noinline)) void weigh(
+      int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last, Vec* sums, Vec* products) {
     const auto tile = policy_.template tile<kPlain>(row + r, key);
     for (int i = 0; i < kTileRows; ++i) {
       const float* scores = scores_ + (r + i) * kTilePitch;
@@ -359,7 +397,8 @@ class Backward {
   }
 
   template <bool kPlain, bool kWeighed>
-  __attribute__((noinline)) void differentiate_vectors(int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last) {
+  __attribute__((noinline)) void differentiate_vectors(
+      int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last) {
     const auto tile = policy_.template tile<kPlain>(row + r, key);
     for (int i = 0; i < kTileRows; i += kPair) {
       float* scores = scores_ + (r + i) * kTilePitch;
@@ -430,22 +469,28 @@ class Backward {
 };
 
 template <class Arithmetic, class Family>
-inline void backward(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters, const KeyChunks& chunks,
-    const typename Family::SinkArguments& sink, const Runtime& runtime) {
+inline void backward(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters,
+    const KeyChunks& chunks, const typename Family::SinkArguments& sink, const Runtime& runtime) {
   using Engine = Backward<Arithmetic, Family>;
-  const AttentionForward forward = {
-      arguments.query, arguments.key, arguments.value, arguments.output, const_cast<float*>(arguments.logsumexp), arguments.scale};
-  const int64_t heads = arguments.query.size[1], group = heads / larger(arguments.key.size[1], 1), batches = arguments.query.size[0];
-  const int64_t queries = arguments.query.size[2], padded = round_up(queries, kTileRows), pitch = Engine::pitch(arguments);
+  const AttentionForward forward = {arguments.query, arguments.key, arguments.value, arguments.output,
+      const_cast<float*>(arguments.logsumexp), arguments.scale};
+  const int64_t heads = arguments.query.size[1], group = heads / larger(arguments.key.size[1], 1),
+                batches = arguments.query.size[0];
+  const int64_t queries = arguments.query.size[2], padded = round_up(queries, kTileRows),
+                pitch = Engine::pitch(arguments);
   const int64_t head_tasks = batches * arguments.key.size[1];
   const double flops = 10.0 * batches * heads * queries * arguments.key.size[2] * arguments.query.size[3];
 
   Buffer partial;
-  float* partials = chunks.chunks > 1 ? partial.reserve<float>(head_tasks * chunks.chunks * group * padded * pitch) : nullptr;
+  float* partials =
+      chunks.chunks > 1 ? partial.reserve<float>(head_tasks * chunks.chunks * group * padded * pitch) : nullptr;
   typename Engine::Shared shared = {arguments, forward, parameters, sink, chunks, partials};
   run_items(
       runtime, head_tasks * chunks.chunks, flops,
-      [](int64_t begin, int64_t end, void* context) { Engine(*static_cast<typename Engine::Shared*>(context)).run(begin, end); }, &shared);
+      [](int64_t begin, int64_t end, void* context) {
+        Engine(*static_cast<typename Engine::Shared*>(context)).run(begin, end);
+      },
+      &shared);
   if (!partials) return;
 
   // Second stage: add the chunks up in order.
@@ -453,14 +498,16 @@ inline void backward(const AttentionBackward& arguments, const typename Family::
     const AttentionBackward& arguments;
     float* partials;
     int64_t chunks, group, padded, pitch, rotation;
-  } reduction = {arguments, partials, chunks.chunks, group, padded, pitch, typename Family::Policy(forward, parameters).rotation()};
+  } reduction = {arguments, partials, chunks.chunks, group, padded, pitch,
+      typename Family::Policy(forward, parameters).rotation()};
   run_items(
       runtime, head_tasks * group, flops,
       [](int64_t begin, int64_t end, void* context) {
         const Reduction& r = *static_cast<const Reduction*>(context);
         const int64_t batches = r.arguments.query.size[0], floats = r.padded * r.pitch;
         for (int64_t item = begin; item < end; ++item) {
-          const int64_t member = item % r.group, head_task = item / r.group, batch = head_task % batches, key_head = head_task / batches;
+          const int64_t member = item % r.group, head_task = item / r.group, batch = head_task % batches,
+                        key_head = head_task / batches;
           const Matrix to = matrix_at(r.arguments.grad_query, batch, key_head * r.group + member, 0, r.rotation);
           float* sum = r.partials + (head_task * r.chunks * r.group + member) * floats;
           for (int64_t row = 0; row < r.arguments.query.size[2]; ++row) {
@@ -479,8 +526,8 @@ inline void backward(const AttentionBackward& arguments, const typename Family::
 
 // As forward_any_type.
 template <class Family>
-inline void backward_any_type(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters, const KeyChunks& chunks,
-    const typename Family::SinkArguments& sink, const Runtime& runtime) {
+inline void backward_any_type(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters,
+    const KeyChunks& chunks, const typename Family::SinkArguments& sink, const Runtime& runtime) {
 #if EFFATTN_HAS_BFLOAT16_DOT
   backward<BFloat16Pair, Family>(arguments, parameters, chunks, sink, runtime);
 #else

@@ -1,6 +1,7 @@
 // A dense (batch, head, row, key) operand of the scores, one score block at a time.
 //
-// float32 with unit last stride is read in place; anything else (bool, bf16, fp16, broadcast or transposed keys) is first converted into a 48 x 256 float tile.
+// float32 with unit last stride is read in place; anything else (bool, bf16, fp16, broadcast or transposed keys) is
+// first converted into a 48 x 256 float tile.
 #pragma once
 
 #include "pack.h"
@@ -11,7 +12,8 @@ namespace effattn::EFFATTN_ISA {
 
 class DenseTile {
  public:
-  explicit DenseTile(const Tensor& tensor) : tensor_(tensor), in_place_(tensor.dtype == DType::kFloat32 && tensor.stride[3] == 1) {
+  explicit DenseTile(const Tensor& tensor)
+      : tensor_(tensor), in_place_(tensor.dtype == DType::kFloat32 && tensor.stride[3] == 1) {
     if (!in_place_) staged_ = staging().reserve<float>(kQueryBlock * kKeyBlock);
   }
 
@@ -54,11 +56,13 @@ class DenseTile {
   template <bool kPlain>
   EFFATTN_INLINE Rows<kPlain> rows(int64_t row, int64_t key) const {
     Rows<kPlain> rows;
-    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) rows.row[r] = base_ + (smaller(row + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
+    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) rows.row[r] =
+        base_ + (smaller(row + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
     // The next six rows: too far apart for the hardware prefetcher.
     if (in_place_) {
       EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
-        const float* next = base_ + (smaller(row + kTileRows + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
+        const float* next =
+            base_ + (smaller(row + kTileRows + r, last_row_) - first_row_) * pitch_ + (key - first_key_);
         EFFATTN_UNROLL for (int c = 0; c < kTileColumns; c += 16) __builtin_prefetch(next + c);
       }
     }
@@ -79,7 +83,8 @@ class DenseTile {
       row_to_float(to, shifted, row, keys, round_up(keys, kLanes));
       return;
     }
-    const uint8_t* from = static_cast<const uint8_t*>(matrix_.data) + row * matrix_.row_stride + key * matrix_.column_stride;
+    const uint8_t* from =
+        static_cast<const uint8_t*>(matrix_.data) + row * matrix_.row_stride + key * matrix_.column_stride;
     for (int64_t k = 0; k < keys; ++k) to[k] = from[k * matrix_.column_stride] ? 0.f : -INFINITY;
     for (int64_t k = keys; k < round_up(keys, kLanes); ++k) to[k] = 0.f;
   }

@@ -2,13 +2,17 @@
 //
 //   S = transform(Q K^T),  O = softmax(S) V,  logsumexp_i = ln sum_j exp(S_ij)
 //
-// A work item is one block of at most kQueryBlock = 48 queries of one head; a thread walks a contiguous range of items and packs K and V whenever it meets
-// another (batch, key head). Per item, over blocks of kKeyBlock = 256 keys:
-//   scores   48 x 256   micro-tiles of 6 x 64 (AVX-512), transformed in registers before they are stored; row maxima are collected on the way
-//   weights  per 6 rows: exp2(S - max), row sums; stays in L1 (bf16 weights are stored as pairs)
-//   output   6 x head_dim += weights * V, rescaled when the running maximum moved
+// A work item is one block of at most kQueryBlock = 48 queries of one head; a thread walks a contiguous range of items
+// and packs K and V whenever it meets another (batch, key head). Per item, over blocks of kKeyBlock = 256 keys:
+//   scores    48 x 256         micro-tiles of 6 x 64 (AVX-512), transformed in registers before they are stored
+//
+//   weights   per 6 rows       exp2(S - max), row sums; stays in L1 (bf16 weights are stored as pairs)
+//
+//   output    6 x head_dim     += weights * V, rescaled when the running maximum moved
+//
 // In L1: one K panel (64 keys, 16 KB at D = 64 fp32) and the query block; scores, K block and V block in L2.
-// FLOPs 4 N M D per head, one exp2 per score; bytes (2 N + 2 M) D elements per head plus one packed copy of K and V per thread.
+// FLOPs 4 N M D per head, one exp2 per score; bytes (2 N + 2 M) D elements per head plus one packed copy of K and V per
+// thread.
 #pragma once
 
 #include "pack.h"
@@ -31,7 +35,8 @@ class Forward {
   using Word = typename Arithmetic::Word;
   static constexpr bool kPairs = Arithmetic::kPerWord == 2;
   static constexpr int kScoreVectors = kChainedVectors<Arithmetic>;
-  static constexpr int64_t kSummed = kPairs ? kKeyBlock : 128;  // keys summed in one register before they meet the earlier ones: bounds rounding
+  static constexpr int64_t kSummed =
+      kPairs ? kKeyBlock : 128;  // keys summed in one register before they meet the earlier ones: bounds rounding
   static constexpr float kNoCorrection[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
   static constexpr int64_t kWeightPitch = kKeyBlock / Arithmetic::kPerWord;
 
@@ -49,7 +54,8 @@ class Forward {
     ForwardScratch& scratch = forward_scratch();
     packed_keys_ = scratch.keys.template reserve<Word>(transposed_words<Arithmetic>(keys_, head_dim_) + kLanes);
     packed_values_ = scratch.values.template reserve<Word>(words<Arithmetic>(keys_) * value_pitch_ + kLanes);
-    const int64_t tile_words = kQueryBlock * (query_pitch_ + kKeyBlock + value_pitch_ + kLanes) + kTileRows * kWeightPitch;
+    const int64_t tile_words =
+        kQueryBlock * (query_pitch_ + kKeyBlock + value_pitch_ + kLanes) + kTileRows * kWeightPitch;
     scores_ = scratch.tiles.template reserve<float>(tile_words);
     output_ = scores_ + kQueryBlock * kKeyBlock;
     row_max_ = output_ + kQueryBlock * value_pitch_;
@@ -67,7 +73,8 @@ class Forward {
     return arguments.query.size[0] * arguments.query.size[1] * ((arguments.query.size[2] + rows - 1) / rows);
   }
 
-  // Items are ordered (key head, batch, head of the group, query block): head tables outlive the batch, packed keys the group.
+  // Items are ordered (key head, batch, head of the group, query block): head tables outlive the batch, packed keys the
+  // group.
   void run(int64_t begin, int64_t end) {
     const int64_t blocks = (queries_ + block_rows_ - 1) / block_rows_;
     const int64_t batches = arguments_.query.size[0];
@@ -81,8 +88,10 @@ class Forward {
       const int64_t batch = pack_item % batches;
       const int64_t head = key_head * group + head_item % group;
       if (pack_item != packed) {
-        pack_transposed<Arithmetic>(packed_keys_, matrix_at(arguments_.key, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
-        pack_natural<Arithmetic>(packed_values_, value_pitch_, matrix_at(arguments_.value, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
+        pack_transposed<Arithmetic>(
+            packed_keys_, matrix_at(arguments_.key, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
+        pack_natural<Arithmetic>(packed_values_, value_pitch_,
+            matrix_at(arguments_.value, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
         packed = pack_item;
       }
       if (head_item != entered) {
@@ -101,7 +110,8 @@ class Forward {
   void query_block(int64_t batch, int64_t head, int64_t row) {
     const int64_t rows = smaller(block_rows_, queries_ - row);
     const int64_t padded_rows = round_up(rows, kTileRows);
-    pack_rows<Arithmetic>(packed_queries_, query_pitch_, matrix_at(arguments_.query, batch, head, row, policy_.rotation()), rows, padded_rows, head_dim_);
+    pack_rows<Arithmetic>(packed_queries_, query_pitch_,
+        matrix_at(arguments_.query, batch, head, row, policy_.rotation()), rows, padded_rows, head_dim_);
     for (int64_t r = 0; r < padded_rows; ++r) {
       running_max_[r] = -INFINITY;
       running_sum_[r] = 0.f;
@@ -138,20 +148,23 @@ class Forward {
   void score_block(int64_t row, int64_t padded_rows, int64_t key, int64_t count) {
     for (int64_t r = 0; r < padded_rows; ++r) store(row_max_ + r * kLanes, broadcast(-INFINITY));
     for (int64_t column = 0; column < count; column += kTileColumns) {
-      // The packed panel holds every key of the tensor, the block may end earlier (causal): width is the panel's pitch, vectors what is needed of it.
+      // The packed panel holds every key of the tensor, the block may end earlier (causal): width is the panel's pitch,
+      // vectors what is needed of it.
       const int64_t width = round_up(smaller(kTileColumns, keys_ - key - column), kLanes);
       const int64_t vectors = (smaller(kTileColumns, count - column) + kLanes - 1) / kLanes;
       const Word* panel = packed_keys_ + (key + column) * depth_;
       for (int64_t r = 0; r < padded_rows; r += kTileRows) {
         const bool plain = key + column + vectors * kLanes <= policy_.plain_keys(row + r);
         for (int64_t v = 0; v < vectors; v += kScoreVectors)
-          score_vectors<kScoreVectors>(smaller(kScoreVectors, vectors - v), plain, row, r, key, column + v * kLanes, panel + v * kLanes, width);
+          score_vectors<kScoreVectors>(
+              smaller(kScoreVectors, vectors - v), plain, row, r, key, column + v * kLanes, panel + v * kLanes, width);
       }
     }
   }
 
   template <int kVectors>
-  EFFATTN_INLINE void score_vectors(int64_t vectors, bool plain, int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
+  EFFATTN_INLINE void score_vectors(int64_t vectors, bool plain, int64_t row, int64_t r, int64_t key, int64_t column,
+      const Word* panel, int64_t width) {
     if (vectors == kVectors) {
       if (plain)
         score_tile<kVectors, true>(row, r, key, column, panel, width);
@@ -163,12 +176,13 @@ class Forward {
   }
 
   template <int kVectors, bool kPlain>
-  __attribute__((noinline)) void score_tile(int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
+  __attribute__((noinline)) void score_tile(
+      int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
     float* scores = scores_ + r * kKeyBlock + column;
     float* row_max = row_max_ + r * kLanes;
     const auto tile = policy_.template tile<kPlain>(row + r, key + column);
-    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>>(
-        packed_queries_ + r * query_pitch_, query_pitch_, 1, panel, width, depth_, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>>(packed_queries_ + r * query_pitch_, query_pitch_, 1, panel,
+        width, depth_, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             Vec best = load(row_max + i * kLanes);
             EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -185,12 +199,15 @@ class Forward {
         });
   }
 
-  // Scores of one row -> weights exp2(score - running max); returns what the row's earlier output has to be multiplied with.
+  // Scores of one row -> weights exp2(score - running max); returns what the row's earlier output has to be multiplied
+  // with.
   EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count) {
     const float block_max = reduce_max(load(row_max_ + r * kLanes));
     const float old_max = running_max_[r];
     const float new_max = block_max > old_max ? block_max : old_max;
-    const float finite_max = new_max == -INFINITY ? 0.f : new_max;  // a row with nothing to attend to yet: all weights 0, no NaN from -inf - -inf
+    const float finite_max =
+        new_max == -INFINITY ? 0.f
+                             : new_max;  // a row with nothing to attend to yet: all weights 0, no NaN from -inf - -inf
     const Vec shift = broadcast(finite_max);
     float* scores = scores_ + r * kKeyBlock;
     Vec sum[2] = {};
@@ -235,10 +252,11 @@ class Forward {
   }
 
   template <int kVectors, bool kFirst>
-  __attribute__((noinline)) void output_tile(const Word* weights, const Word* values, int64_t steps, float* output, const float* correction) {
+  __attribute__((noinline)) void output_tile(
+      const Word* weights, const Word* values, int64_t steps, float* output, const float* correction) {
     const int64_t pitch = value_pitch_;
-    multiply_tile<Arithmetic, kVectors>(
-        weights, kWeightPitch, 1, values, pitch, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
+    multiply_tile<Arithmetic, kVectors>(weights, kWeightPitch, 1, values, pitch, steps,
+        [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
               float* to = output + i * pitch + v * kLanes;
@@ -255,7 +273,8 @@ class Forward {
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = running_sum_[r];
       const int64_t token = row + r + policy_.rotation();
-      logsumexp[token < queries_ ? token : token - queries_] = sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
+      logsumexp[token < queries_ ? token : token - queries_] =
+          sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
       float* from = output_ + r * value_pitch_;
       if (sum == 0.f) memset(from, 0, value_pitch_ * sizeof(float));
       const Vec inverse = broadcast(sum == 0.f ? 0.f : 1.f / sum);
@@ -278,7 +297,8 @@ class Forward {
 };
 
 template <class Arithmetic, class Policy>
-inline void forward(const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
+inline void forward(
+    const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
   struct Context {
     const AttentionForward& arguments;
     const typename Policy::Arguments& parameters;
@@ -288,14 +308,16 @@ inline void forward(const AttentionForward& arguments, const typename Policy::Ar
     Forward<Arithmetic, Policy>(shared.arguments, shared.parameters).run(begin, end);
   };
   const int64_t items = Forward<Arithmetic, Policy>::items(arguments);
-  const double flops = 4.0 * arguments.query.size[0] * arguments.query.size[1] * arguments.query.size[2] * arguments.key.size[2] * arguments.query.size[3];
+  const double flops = 4.0 * arguments.query.size[0] * arguments.query.size[1] * arguments.query.size[2] *
+                       arguments.key.size[2] * arguments.query.size[3];
   run_items(runtime, items, flops, range, &context);
 }
 
-// The avx512_bf16 level holds bf16 products only: for other element types dispatch.cpp takes the avx512 level. Below it every type is converted to fp32 in
-// packing.
+// The avx512_bf16 level holds bf16 products only: for other element types dispatch.cpp takes the avx512 level. Below it
+// every type is converted to fp32 in packing.
 template <class Policy>
-inline void forward_any_type(const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
+inline void forward_any_type(
+    const AttentionForward& arguments, const typename Policy::Arguments& parameters, const Runtime& runtime) {
 #if EFFATTN_HAS_BFLOAT16_DOT
   forward<BFloat16Pair, Policy>(arguments, parameters, runtime);
 #else

@@ -1,16 +1,22 @@
-// Gaussian-mixture-mask attention: S = scale * (Q K^T) * M, elementwise before the softmax (arXiv 2309.05375), with on an h x w grid of tokens
+// Gaussian-mixture-mask attention: S = scale * (Q K^T) * M, elementwise before the softmax (arXiv 2309.05375), with on
+// an h x w grid of tokens
 //
-//   M[i][j] = sum_k alpha_k exp(-r2(i, j) / (2 (sigma_k^2 + eps))),  r2 = (x_i - x_j)^2 + (y_i - y_j)^2,   and 1 where i or j is a prefix token.
+//   M[i][j] = sum_k alpha_k exp(-r2(i, j) / (2 (sigma_k^2 + eps))),  r2 = (x_i - x_j)^2 + (y_i - y_j)^2
 //
-// Tokens are rotated so that grid tokens come first and key vectors start on the grid. M depends on coordinate differences only, so one table per head holds
-// all of it (times scale * log2 e) and a score vector costs one unaligned load and one multiply, however many Gaussians there are:
+// and 1 where i or j is a prefix token.
 //
-//   narrow grids   for every column x_i the (2h-1) x w rows of M[., x - x_i]; keys j, j+1, ... of any length lie contiguous: address = row_base[i] + j
-//   wide grids     (2h-1) x (2w-1) by (dy, dx); a key vector spans at most two grid rows (w >= kLanes), address = row_base[i] + offset(vector), two loads if it
-//   straddles
+// Tokens are rotated so that grid tokens come first and key vectors start on the grid. M depends on coordinate
+// differences only, so one table per head holds all of it (times scale * log2 e) and a score vector costs one unaligned
+// load and one multiply, however many Gaussians there are:
 //
-// Table bytes: narrow 4 (2h-1) w^2, kept below kNarrowBytes; wide 4 (2h-1)(2w-1) = O(N). Building: (max(h, w)) K exponentials and h w K multiply-adds in
-// float64.
+//   narrow grids   for every column x_i the (2h-1) x w rows of M[., x - x_i]; keys j, j+1, ... of any length lie
+//                  contiguous: address = row_base[i] + j
+//
+//   wide grids     (2h-1) x (2w-1) by (dy, dx); a key vector spans at most two grid rows (w >= kLanes):
+//                  address = row_base[i] + offset(vector), two loads if it straddles
+//
+// Table bytes: narrow 4 (2h-1) w^2, kept below kNarrowBytes; wide 4 (2h-1)(2w-1) = O(N). Building: (max(h, w)) K
+// exponentials and h w K multiply-adds in float64.
 #include "forward.h"
 #include "gaussian_mixture_gradient.h"
 
@@ -119,7 +125,8 @@ class GaussianMixturePolicy {
   }
 
  private:
-  // profile[k][d] = exp(-d^2 / (2 (sigma_k^2 + eps))), then mixed[dy][dx] = sum_k factor alpha_k profile[k][dy] profile[k][dx].
+  // profile[k][d] = exp(-d^2 / (2 (sigma_k^2 + eps))), then mixed[dy][dx] = sum_k factor alpha_k profile[k][dy]
+  // profile[k][dx].
   void build_profile(int64_t head) {
     const int64_t h = mixture_.grid_h, w = mixture_.grid_w, extent = larger(h, w);
     double* mixed = profile_ + mixture_.num_gaussians * extent;
@@ -141,7 +148,8 @@ class GaussianMixturePolicy {
     int64_t token = 0;
     for (int64_t y = 0; y < h; ++y)
       for (int64_t x = 0; x < w; ++x, ++token)
-        row_base_[token] = narrow_ ? table_ + (x * (2 * h - 1) + (h - 1 - y)) * w : table_ + (h - 1 - y) * (2 * w - 1) + (w - 1 - x);
+        row_base_[token] =
+            narrow_ ? table_ + (x * (2 * h - 1) + (h - 1 - y)) * w : table_ + (h - 1 - y) * (2 * w - 1) + (w - 1 - x);
     for (; token < tokens_; ++token) row_base_[token] = ones_;
   }
 
@@ -188,19 +196,22 @@ struct GaussianMixtureFamily {
 
 }  // namespace
 
-void gaussian_mixture_forward(const AttentionForward& attention, const GaussianMixture& mixture, const Runtime& runtime) {
+void gaussian_mixture_forward(
+    const AttentionForward& attention, const GaussianMixture& mixture, const Runtime& runtime) {
   forward_any_type<GaussianMixturePolicy>(attention, mixture, runtime);
 }
 
-void gaussian_mixture_backward(
-    const AttentionBackward& attention, const GaussianMixture& mixture, const GaussianMixtureGrad& gradient, const Runtime& runtime) {
+void gaussian_mixture_backward(const AttentionBackward& attention, const GaussianMixture& mixture,
+    const GaussianMixtureGrad& gradient, const Runtime& runtime) {
   const int64_t batches = attention.query.size[0], heads = attention.query.size[1];
   const KeyChunks chunks(attention.key.size[2], batches * heads);
   Buffer folded;
-  const MixtureSinkArguments sink = {mixture, folded.reserve<double>(batches * heads * chunks.chunks * mixture.grid_h * mixture.grid_w)};
+  const MixtureSinkArguments sink = {
+      mixture, folded.reserve<double>(batches * heads * chunks.chunks * mixture.grid_h * mixture.grid_w)};
   backward_any_type<GaussianMixtureFamily>(attention, mixture, chunks, sink, runtime);
   MixtureReduction reduction = {mixture, gradient, sink.folded, heads, batches * chunks.chunks, attention.scale};
-  const double terms = static_cast<double>(heads) * mixture.grid_h * mixture.grid_w * (mixture.num_gaussians * 4 + batches * chunks.chunks);
+  const double terms = static_cast<double>(heads) * mixture.grid_h * mixture.grid_w *
+                       (mixture.num_gaussians * 4 + batches * chunks.chunks);
   run_items(runtime, heads, terms, MixtureReduction::run, &reduction);
 }
 

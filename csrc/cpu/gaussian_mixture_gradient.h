@@ -1,10 +1,14 @@
 // Gradient of the mixture's parameters, in three ordered stages and without an N x N buffer:
 //
-//   1. per task (head, batch, key chunk), while the tiles pass: table[dy][dx] += dLogit * (q . k), at the very addresses where the mixture is read, so a score
-//      vector costs one unaligned read-modify-write; two tables where the engine walks rows in pairs, for the accesses of neighbouring rows overlap
+//   1. per task (head, batch, key chunk), while the tiles pass: table[dy][dx] += dLogit * (q . k), at the very
+//      addresses where the mixture is read, so a score vector costs one unaligned read-modify-write; two tables where
+//      the engine walks rows in pairs, for the accesses of neighbouring rows overlap
+//
 //   2. per task: fold the table to |dy|, |dx| in float64 (h w numbers)
-//   3. per head: add up the tasks in order, then
-//        dalpha_k = scale sum G_k folded,   dsigma_k = scale sum alpha_k G_k r2 sigma_k / (sigma_k^2 + eps)^2 folded,   G_k = ey[dy] ex[dx]
+//
+//   3. per head: add up the tasks in order, then with G_k = ey[dy] ex[dx]
+//        dalpha_k = scale sum G_k folded
+//        dsigma_k = scale sum alpha_k G_k r2 sigma_k / (sigma_k^2 + eps)^2 folded
 //
 // Prefix tokens fall outside the table: their rows into a region that nobody reads, their keys into masked lanes.
 #pragma once
@@ -99,7 +103,8 @@ struct MixtureReduction {
     for (int64_t k = 0; k < mixture.num_gaussians; ++k) {
       const double alpha = mixture.alpha[k * heads + head], sigma = mixture.sigma[k * heads + head];
       const double variance = sigma * sigma + mixture.eps;
-      for (int64_t d = 0; d < extent; ++d) profile[d] = d == 0 ? 1.0 : exp(static_cast<double>(d * d) * (-0.5 / variance));
+      for (int64_t d = 0; d < extent; ++d)
+        profile[d] = d == 0 ? 1.0 : exp(static_cast<double>(d * d) * (-0.5 / variance));
       double sum = 0.0, moment = 0.0;
       for (int64_t y = 0; y < h; ++y) {
         double row_sum = 0.0, row_moment = 0.0;
@@ -113,7 +118,8 @@ struct MixtureReduction {
       }
       gradient.alpha[k * heads + head] = static_cast<float>(scale * sum);
       // At sigma = eps = 0 every G_k off the diagonal is 0 and so is its derivative; the formula would say 0 / 0.
-      gradient.sigma[k * heads + head] = static_cast<float>(moment == 0.0 ? 0.0 : scale * alpha * moment * sigma / (variance * variance));
+      gradient.sigma[k * heads + head] =
+          static_cast<float>(moment == 0.0 ? 0.0 : scale * alpha * moment * sigma / (variance * variance));
     }
   }
 };

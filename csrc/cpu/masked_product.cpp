@@ -1,7 +1,8 @@
-// Attention with a learned elementwise mask: S = scale * (Q K^T) * M with M a free (H, N, N) or (N, N) parameter (variant ELM of arXiv 2309.05375).
+// Attention with a learned elementwise mask: S = scale * (Q K^T) * M with M a free (H, N, N) or (N, N) parameter
+// (variant ELM of arXiv 2309.05375).
 //
-// M is read once per score, straight from where it lies if it is float32 with unit last stride, through a converted 48 x 256 tile otherwise (dense_tile.h).
-// FLOPs as plain attention; bytes 4 B H N^2 for M unless it stays in cache.
+// M is read once per score, straight from where it lies if it is float32 with unit last stride, through a converted 48
+// x 256 tile otherwise (dense_tile.h). FLOPs as plain attention; bytes 4 B H N^2 for M unless it stays in cache.
 #include "dense_tile.h"
 #include "forward.h"
 #include "masked_product_gradient.h"
@@ -26,7 +27,9 @@ class MaskedProductPolicy {
   struct Tile {
     DenseTile::Rows<kPlain> weight;
     float factor;
-    EFFATTN_INLINE Vec transform(Vec score, int r, int v) const { return score * broadcast(factor) * weight.load(r, v); }
+    EFFATTN_INLINE Vec transform(Vec score, int r, int v) const {
+      return score * broadcast(factor) * weight.load(r, v);
+    }
   };
 
   template <bool kPlain>
@@ -53,7 +56,8 @@ void masked_product_forward(const AttentionForward& attention, const MaskedProdu
   forward_any_type<MaskedProductPolicy>(attention, mask, runtime);
 }
 
-void masked_product_backward(const AttentionBackward& attention, const MaskedProduct& mask, const MaskedProductGrad& gradient, const Runtime& runtime) {
+void masked_product_backward(const AttentionBackward& attention, const MaskedProduct& mask,
+    const MaskedProductGrad& gradient, const Runtime& runtime) {
   const KeyChunks chunks(attention.key.size[2], attention.query.size[0] * attention.query.size[1]);
   backward_any_type<MaskedProductFamily>(attention, mask, chunks, NoParameterGradient{}, runtime);
   weight_gradient<MaskedProductPolicy>(attention, mask, gradient, runtime);

@@ -1,7 +1,9 @@
-// Gradient of a free elementwise mask: dM[h] = scale * sum over batch (and over heads where they share M) of dLogit * (q . k).
+// Gradient of a free elementwise mask: dM[h] = scale * sum over batch (and over heads where they share M) of dLogit *
+// (q . k).
 //
-// A second pass of its own, because here the sum runs over what the main pass deals out to different tasks. A task owns a strip of M, queries x one block of
-// keys, accumulates it in fp32 over batches and heads in order, and converts it once at the end: deterministic, O(N) memory, two products more per score.
+// A second pass of its own, because here the sum runs over what the main pass deals out to different tasks. A task owns
+// a strip of M, queries x one block of keys, accumulates it in fp32 over batches and heads in order, and converts it
+// once at the end: deterministic, O(N) memory, two products more per score.
 #pragma once
 
 #include "backward.h"
@@ -40,14 +42,17 @@ class WeightGradient {
     grad_scores_ = scores_ + kStripRows * kTilePitch;
   }
 
-  static int64_t strips(const AttentionBackward& arguments) { return (arguments.query.size[2] + kStripRows - 1) / kStripRows; }
+  static int64_t strips(const AttentionBackward& arguments) {
+    return (arguments.query.size[2] + kStripRows - 1) / kStripRows;
+  }
   static int64_t key_blocks(const AttentionBackward& arguments) { return KeyChunks(arguments.key.size[2], 1).blocks; }
 
   // Items are ordered (head of the weight, block of keys, strip of queries).
   void run(int64_t begin, int64_t end) {
     const int64_t strips = WeightGradient::strips(arguments_), blocks = key_blocks(arguments_);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item % strips * kStripRows, block = item / strips % blocks, weight_head = item / strips / blocks;
+      const int64_t row = item % strips * kStripRows, block = item / strips % blocks,
+                    weight_head = item / strips / blocks;
       const int64_t key = block * kBackwardKeys, count = block + 1 == blocks ? tokens_ - key : kBackwardKeys;
       strip(weight_head, row, smaller(kStripRows, tokens_ - row), key, count);
     }
@@ -58,20 +63,25 @@ class WeightGradient {
 
   void strip(int64_t weight_head, int64_t row, int64_t rows, int64_t key, int64_t count) {
     const int64_t padded_rows = round_up(rows, kTileRows);
-    const int64_t first_head = shared_.weight_heads == 1 ? 0 : weight_head, heads = shared_.weight_heads == 1 ? arguments_.query.size[1] : 1;
+    const int64_t first_head = shared_.weight_heads == 1 ? 0 : weight_head,
+                  heads = shared_.weight_heads == 1 ? arguments_.query.size[1] : 1;
     memset(strip_, 0, kStripRows * kTilePitch * sizeof(float));
     for (int64_t batch = 0; batch < arguments_.query.size[0]; ++batch)
       for (int64_t head = first_head; head < first_head + heads; ++head) {
         pack_transposed<Arithmetic>(keys_, matrix_at(arguments_.key, batch, head, key), count, head_dim_);
         pack_transposed<Arithmetic>(values_, matrix_at(arguments_.value, batch, head, key), count, head_dim_);
-        pack_rows<Arithmetic>(query_rows_, row_pitch_, matrix_at(arguments_.query, batch, head, row), rows, padded_rows, head_dim_);
-        pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, matrix_at(arguments_.grad_output, batch, head, row), rows, padded_rows, head_dim_);
+        pack_rows<Arithmetic>(
+            query_rows_, row_pitch_, matrix_at(arguments_.query, batch, head, row), rows, padded_rows, head_dim_);
+        pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, matrix_at(arguments_.grad_output, batch, head, row), rows,
+            padded_rows, head_dim_);
         PanelProduct<Arithmetic>{query_rows_, row_pitch_, padded_rows, depth_}(keys_, count, 0, count, scores_);
-        PanelProduct<Arithmetic>{grad_output_rows_, row_pitch_, padded_rows, depth_}(values_, count, 0, count, grad_scores_);
+        PanelProduct<Arithmetic>{grad_output_rows_, row_pitch_, padded_rows, depth_}(
+            values_, count, 0, count, grad_scores_);
         row_deltas<kChains<Arithmetic>>(arguments_, batch, head, row, rows, 0, delta_);
         policy_.enter(batch, head);
         policy_.stage(row, rows, key, count);
-        for (int64_t r = 0; r < rows; r += kTileRows) accumulate(batch, head, row, r, smaller(kTileRows, rows - r), key, count);
+        for (int64_t r = 0; r < rows; r += kTileRows)
+          accumulate(batch, head, row, r, smaller(kTileRows, rows - r), key, count);
       }
     const Matrix to = offset_columns(matrix_at(shared_.gradient, 0, weight_head, row), key);
     for (int64_t r = 0; r < rows; ++r) store_row(to, r, strip_ + r * kTilePitch, broadcast(arguments_.scale), count);
@@ -113,21 +123,25 @@ class WeightGradient {
 };
 
 template <class Policy>
-inline void weight_gradient(const AttentionBackward& arguments, const MaskedProduct& product, const MaskedProductGrad& gradient, const Runtime& runtime) {
+inline void weight_gradient(const AttentionBackward& arguments, const MaskedProduct& product,
+    const MaskedProductGrad& gradient, const Runtime& runtime) {
 #if EFFATTN_HAS_BFLOAT16_DOT
   using Pass = WeightGradient<BFloat16Pair, Policy>;
 #else
   using Pass = WeightGradient<Float32, Policy>;
 #endif
-  const AttentionForward forward = {
-      arguments.query, arguments.key, arguments.value, arguments.output, const_cast<float*>(arguments.logsumexp), arguments.scale};
+  const AttentionForward forward = {arguments.query, arguments.key, arguments.value, arguments.output,
+      const_cast<float*>(arguments.logsumexp), arguments.scale};
   const int64_t weight_heads = gradient.weight.size[1];
   typename Pass::Shared shared = {arguments, forward, product, gradient.weight, weight_heads};
   const double tokens = static_cast<double>(arguments.query.size[2]);
   run_items(
       runtime, weight_heads * Pass::strips(arguments) * Pass::key_blocks(arguments),
       4.0 * arguments.query.size[0] * arguments.query.size[1] * tokens * tokens * arguments.query.size[3],
-      [](int64_t begin, int64_t end, void* context) { Pass(*static_cast<const typename Pass::Shared*>(context)).run(begin, end); }, &shared);
+      [](int64_t begin, int64_t end, void* context) {
+        Pass(*static_cast<const typename Pass::Shared*>(context)).run(begin, end);
+      },
+      &shared);
 }
 
 }  // namespace effattn::EFFATTN_ISA

@@ -1,13 +1,18 @@
-// Packing: the only place that meets element types and strides. It reads the user's tensors where they lie and writes operands for gemm.h.
+// Packing: the only place that meets element types and strides. It reads the user's tensors where they lie and writes
+// operands for gemm.h.
 //
 // A word holds Arithmetic::kPerWord neighbours along the summed index (1 float, or 2 bf16). Three layouts:
-//   pack_rows        [row][word of columns]             A operand summed over the columns (Q for Q K^T). Rows above `rows` and tail columns are zero.
-//   pack_transposed  [panel of kTileColumns rows][word of columns][row in panel]
-//                                                       B operand summed over the columns (K for Q K^T, V for dO V^T). Panel p starts at p * kTileColumns *
-//                                                       words; the last panel is narrower: its row pitch is its own width rounded up to kLanes. Tail rows are
-//                                                       zero.
-//   pack_natural     [word of rows][columns]            B operand summed over the rows (V for P V, K for dS K, Q and dO for dK, dV). Tail rows and columns are
-//   zero.
+//   pack_rows         [row][word of columns]
+//                     A operand summed over the columns (Q for Q K^T). Rows above `rows` and tail columns are zero.
+//
+//   pack_transposed   [panel of kTileColumns rows][word of columns][row in panel]
+//                     B operand summed over the columns (K for Q K^T, V for dO V^T). Panel p starts at
+//                     p * kTileColumns * words; the last panel is narrower: its row pitch is its own width rounded up
+//                     to kLanes. Tail rows are zero.
+//
+//   pack_natural      [word of rows][columns]
+//                     B operand summed over the rows (V for P V, K for dS K, Q and dO for dK, dV). Tail rows and
+//                     columns are zero.
 #pragma once
 
 #include <utility>
@@ -16,7 +21,8 @@
 
 namespace effattn::EFFATTN_ISA {
 
-// A matrix of the user's tensor; strides count elements. Logical row r is row (r + first) of the tensor, wrapped around at `wrap`.
+// A matrix of the user's tensor; strides count elements. Logical row r is row (r + first) of the tensor, wrapped around
+// at `wrap`.
 struct Matrix {
   const void* data;
   int64_t row_stride;
@@ -31,14 +37,17 @@ struct Matrix {
   }
 };
 
-EFFATTN_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
+EFFATTN_INLINE int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+}
 
-EFFATTN_INLINE Matrix matrix_at(const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row = 0, int64_t rotation = 0) {
+EFFATTN_INLINE Matrix matrix_at(
+    const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row = 0, int64_t rotation = 0) {
   const int64_t offset = batch * tensor.stride[0] + head * tensor.stride[1];
   const int64_t tokens = tensor.size[2];
   const int64_t first = first_row + rotation;
-  return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2], tensor.stride[3], tensor.dtype,
-      first < tokens ? first : first - tokens, tokens};
+  return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2],
+      tensor.stride[3], tensor.dtype, first < tokens ? first : first - tokens, tokens};
 }
 
 template <class Arithmetic>
@@ -71,11 +80,14 @@ inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t col
   const int64_t offset = from.offset(row);
   switch (from.dtype) {
     case DType::kBFloat16:
-      return row_to_float(to, static_cast<const bfloat16*>(from.data) + offset, from.column_stride, columns, padded_columns);
+      return row_to_float(
+          to, static_cast<const bfloat16*>(from.data) + offset, from.column_stride, columns, padded_columns);
     case DType::kFloat16:
-      return row_to_float(to, static_cast<const float16*>(from.data) + offset, from.column_stride, columns, padded_columns);
+      return row_to_float(
+          to, static_cast<const float16*>(from.data) + offset, from.column_stride, columns, padded_columns);
     default:
-      return row_to_float(to, static_cast<const float*>(from.data) + offset, from.column_stride, columns, padded_columns);
+      return row_to_float(
+          to, static_cast<const float*>(from.data) + offset, from.column_stride, columns, padded_columns);
   }
 }
 
@@ -92,7 +104,8 @@ inline void row_to_bfloat16(uint16_t* to, const Matrix& from, int64_t row, int64
 
 // padded_words is a multiple of kLanes.
 template <class Arithmetic>
-EFFATTN_INLINE void row_to_words(typename Arithmetic::Word* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_words) {
+EFFATTN_INLINE void row_to_words(
+    typename Arithmetic::Word* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_words) {
   if constexpr (Arithmetic::kPerWord == 1) {
     row_to_float(to, from, row, columns, padded_words);
   } else {
@@ -102,7 +115,8 @@ EFFATTN_INLINE void row_to_words(typename Arithmetic::Word* to, const Matrix& fr
 
 // to[row * pitch + word]; pitch a multiple of kLanes, at least words<Arithmetic>(columns).
 template <class Arithmetic>
-inline void pack_rows(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t padded_rows, int64_t columns) {
+inline void pack_rows(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows,
+    int64_t padded_rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) row_to_words<Arithmetic>(to + r * pitch, from, r, columns, pitch);
   if (padded_rows > rows) memset(to + rows * pitch, 0, (padded_rows - rows) * pitch * sizeof(*to));
 }
@@ -143,7 +157,8 @@ inline void pack_transposed(typename Arithmetic::Word* to, const Matrix& from, i
     const int64_t width = round_up(smaller(rows - panel, kTileColumns), kLanes);
     for (int64_t first = 0; first < width; first += kLanes) {
       const int64_t live = smaller(rows - panel - first, kLanes);
-      for (int64_t r = 0; r < live; ++r) row_to_words<Arithmetic>(staged + r * pitch, from, panel + first + r, columns, pitch);
+      for (int64_t r = 0; r < live; ++r)
+        row_to_words<Arithmetic>(staged + r * pitch, from, panel + first + r, columns, pitch);
       if (live < kLanes) memset(staged + larger(live, 0) * pitch, 0, (kLanes - larger(live, 0)) * pitch * sizeof(Word));
       for (int64_t d = 0; d < depth; d += kLanes) {
         WordVec lines[kLanes];
@@ -153,7 +168,8 @@ inline void pack_transposed(typename Arithmetic::Word* to, const Matrix& from, i
         if (d + kLanes <= depth) {
           EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) memcpy(column + k * width, &lines[k], sizeof(WordVec));
         } else {
-          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) if (d + k < depth) memcpy(column + k * width, &lines[k], sizeof(WordVec));
+          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) if (d + k < depth)
+              memcpy(column + k * width, &lines[k], sizeof(WordVec));
         }
       }
     }
@@ -163,7 +179,8 @@ inline void pack_transposed(typename Arithmetic::Word* to, const Matrix& from, i
 
 // to[word * pitch + column] for ceil(rows / kPerWord) words; pitch a multiple of kLanes, at least columns.
 template <class Arithmetic>
-inline void pack_natural(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
+inline void pack_natural(
+    typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
   if constexpr (Arithmetic::kPerWord == 1) {
     pack_rows<Arithmetic>(to, pitch, from, rows, rows, columns);
   } else {

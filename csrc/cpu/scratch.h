@@ -1,4 +1,5 @@
-// Memory that a thread keeps between calls, so that a call on small tensors allocates nothing, and the way work reaches the threads.
+// Memory that a thread keeps between calls, so that a call on small tensors allocates nothing, and the way work reaches
+// the threads.
 #pragma once
 
 #include <stdlib.h>

@@ -1,7 +1,8 @@
 // One register of floats on whatever machine this file is compiled for.
 //
-// Every kernel source is compiled once per ISA level, each time into its own namespace effattn::EFFATTN_ISA, so that the linker can never pick an
-// AVX-512 copy of an inline function for an SSE caller. For the same reason kernels use no std:: templates.
+// Every kernel source is compiled once per ISA level, each time into its own namespace effattn::EFFATTN_ISA, so that
+// the linker can never pick an AVX-512 copy of an inline function for an SSE caller. For the same reason kernels use no
+// std:: templates.
 #pragma once
 
 #include <math.h>
@@ -54,7 +55,9 @@ struct float16 {
   uint16_t bits;
 };
 
-EFFATTN_INLINE constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+EFFATTN_INLINE constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 EFFATTN_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 EFFATTN_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -76,7 +79,9 @@ EFFATTN_INLINE V load_as(const void* from) {
 EFFATTN_INLINE Vec load(const float* from) { return load_as<Vec>(from); }
 EFFATTN_INLINE void store(float* to, Vec value) { memcpy(to, &value, sizeof(value)); }
 EFFATTN_INLINE Vec broadcast(float value) { return value - Vec{}; }
-EFFATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where the machine can: -ffp-contract=fast
+EFFATTN_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}  // contracted where the machine can: -ffp-contract=fast
 
 EFFATTN_INLINE IntVec lane_index() {
   IntVec index;
@@ -86,16 +91,28 @@ EFFATTN_INLINE IntVec lane_index() {
 
 #if defined(__AVX512F__)
 using Mask = __mmask16;
-EFFATTN_INLINE Mask first_lanes(int64_t count) { return count >= kLanes ? Mask(0xffff) : count <= 0 ? Mask(0) : Mask((1u << count) - 1); }
-EFFATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) { return (Vec)_mm512_mask_blend_ps(mask, (__m512)no, (__m512)yes); }
+EFFATTN_INLINE Mask first_lanes(int64_t count) {
+  return count >= kLanes ? Mask(0xffff) : count <= 0 ? Mask(0) : Mask((1u << count) - 1);
+}
+EFFATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) {
+  return (Vec)_mm512_mask_blend_ps(mask, (__m512)no, (__m512)yes);
+}
 EFFATTN_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
-EFFATTN_INLINE Vec load_partial(const float* from, int64_t count) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), from); }
-EFFATTN_INLINE void store_partial(float* to, Vec value, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value); }
+EFFATTN_INLINE Vec load_partial(const float* from, int64_t count) {
+  return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+EFFATTN_INLINE void store_partial(float* to, Vec value, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value);
+}
 // Lanes of `mask` come from `yes`, the others from `no`; memory of lanes not taken from `yes` is not touched there.
-EFFATTN_INLINE Vec load_select(Mask mask, const float* yes, const float* no) { return (Vec)_mm512_mask_loadu_ps(_mm512_loadu_ps(no), mask, yes); }
+EFFATTN_INLINE Vec load_select(Mask mask, const float* yes, const float* no) {
+  return (Vec)_mm512_mask_loadu_ps(_mm512_loadu_ps(no), mask, yes);
+}
 EFFATTN_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps((__m512)a); }
 EFFATTN_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps((__m512)a); }
-EFFATTN_INLINE Vec floor(Vec a) { return (Vec)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+EFFATTN_INLINE Vec floor(Vec a) {
+  return (Vec)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 #else
 using Mask = IntVec;
 EFFATTN_INLINE Mask first_lanes(int64_t count) {
@@ -105,8 +122,12 @@ EFFATTN_INLINE Mask first_lanes(int64_t count) {
 EFFATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
 #if defined(__AVX2__)
 EFFATTN_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
-EFFATTN_INLINE Vec load_partial(const float* from, int64_t count) { return (Vec)_mm256_maskload_ps(from, (__m256i)first_lanes(count)); }
-EFFATTN_INLINE void store_partial(float* to, Vec value, int64_t count) { _mm256_maskstore_ps(to, (__m256i)first_lanes(count), (__m256)value); }
+EFFATTN_INLINE Vec load_partial(const float* from, int64_t count) {
+  return (Vec)_mm256_maskload_ps(from, (__m256i)first_lanes(count));
+}
+EFFATTN_INLINE void store_partial(float* to, Vec value, int64_t count) {
+  _mm256_maskstore_ps(to, (__m256i)first_lanes(count), (__m256)value);
+}
 EFFATTN_INLINE Vec floor(Vec a) { return (Vec)_mm256_floor_ps((__m256)a); }
 #else
 EFFATTN_INLINE Vec load_partial(const float* from, int64_t count) {
@@ -127,11 +148,14 @@ EFFATTN_INLINE Vec max(Vec a, Vec b) { return (Vec)vmaxq_f32((float32x4_t)a, (fl
 EFFATTN_INLINE Vec floor(Vec a) { return (Vec)vrndmq_f32((float32x4_t)a); }
 #endif
 #endif
-EFFATTN_INLINE Vec load_select(Mask mask, const float* yes, const float* no) { return select(mask, load(yes), load(no)); }
+EFFATTN_INLINE Vec load_select(Mask mask, const float* yes, const float* no) {
+  return select(mask, load(yes), load(no));
+}
 EFFATTN_INLINE float reduce_add(Vec a) {
   float part[kLanes];
   store(part, a);
-  EFFATTN_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  EFFATTN_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) for (int lane = 0; lane < half; ++lane) part[lane] +=
+      part[lane + half];
   return part[0];
 }
 EFFATTN_INLINE float reduce_max(Vec a) {
@@ -141,8 +165,9 @@ EFFATTN_INLINE float reduce_max(Vec a) {
 }
 #endif
 
-// 2^x for x <= 127 (softmax never asks for more than 0): x = n + f with n = floor(x), 2^f by a minimax polynomial on [0, 1) with p(0) = 1, scaled by 2^n.
-// Largest relative error 8.6e-5 (degree 3, far below bf16's half ulp of 2e-3) and 1.6e-7 (degree 5). 2^-inf = 0.
+// 2^x for x <= 127 (softmax never asks for more than 0): x = n + f with n = floor(x), 2^f by a minimax polynomial on
+// [0, 1) with p(0) = 1, scaled by 2^n. Largest relative error 8.6e-5 (degree 3, far below bf16's half ulp of 2e-3)
+// and 1.6e-7 (degree 5). 2^-inf = 0.
 template <int kDegree>
 EFFATTN_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 3 || kDegree == 5);
@@ -176,7 +201,9 @@ EFFATTN_INLINE Vec exp2(Vec x) {
 
 // Element type conversions. Rounding is to nearest even; NaN stays NaN.
 EFFATTN_INLINE Vec load_float(const float* from) { return load(from); }
-EFFATTN_INLINE Vec load_float(const bfloat16* from) { return (Vec)(__builtin_convertvector(load_as<HalfVec>(from), WordVec) << 16); }
+EFFATTN_INLINE Vec load_float(const bfloat16* from) {
+  return (Vec)(__builtin_convertvector(load_as<HalfVec>(from), WordVec) << 16);
+}
 EFFATTN_INLINE Vec load_float(const float16* from) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps(load_as<__m256i>(from));
@@ -217,9 +244,11 @@ EFFATTN_INLINE HalfVec to_float16(Vec value) {
   const WordVec bits = (WordVec)value;
   const WordVec sign = (bits >> 16) & 0x8000;
   const WordVec magnitude = bits & 0x7fffffff;
-  const WordVec normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;     // rebias the exponent by -112 and round
-  const WordVec subnormal = (WordVec)((Vec)magnitude + broadcast(0.5f)) - 0x3f000000u;  // the adder rounds at 2^-24 for us
-  const WordVec infinite = (WordVec)(magnitude >= 0x477ff000u);                         // 65520 and above round to infinity
+  const WordVec normal =
+      (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;  // rebias the exponent by -112 and round
+  const WordVec subnormal =
+      (WordVec)((Vec)magnitude + broadcast(0.5f)) - 0x3f000000u;  // the adder rounds at 2^-24 for us
+  const WordVec infinite = (WordVec)(magnitude >= 0x477ff000u);   // 65520 and above round to infinity
   const WordVec tiny = (WordVec)(magnitude < 0x38800000u);
   const WordVec nan = (WordVec)(magnitude > 0x7f800000u);
   WordVec half = (subnormal & tiny) | (normal & ~tiny);

@@ -1,4 +1,5 @@
-// What crosses the border between bindings and kernels: plain data, no torch, no code (so no ISA-specific instruction can leak through it).
+// What crosses the border between bindings and kernels: plain data, no torch, no code (so no ISA-specific instruction
+// can leak through it).
 #pragma once
 
 #include <stddef.h>
@@ -18,7 +19,8 @@ struct Tensor {
 
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
-// How a kernel reaches the caller's thread pool. Results never depend on `threads`; it only decides whether a hop to the pool pays.
+// How a kernel reaches the caller's thread pool. Results never depend on `threads`; it only decides whether a hop to
+// the pool pays.
 struct Runtime {
   int threads;
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);

@@ -1,6 +1,7 @@
-// Runs every kernel of one ISA level, without torch, on tensors whose heap blocks end exactly where the tensor ends, and compares with plain loops in double.
-// Built by tests/test_sanitizer.py with -fsanitize=address,undefined: a read or write past a tensor, a signed overflow or a misaligned access ends the run.
-// Outputs start as NaN, so an element that a kernel forgets is found too. Work is split over real threads.
+// Runs every kernel of one ISA level, without torch, on tensors whose heap blocks end exactly where the tensor ends,
+// and compares with plain loops in double. Built by tests/test_sanitizer.py with -fsanitize=address,undefined: a read
+// or write past a tensor, a signed overflow or a misaligned access ends the run. Outputs start as NaN, so an element
+// that a kernel forgets is found too. Work is split over real threads.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,7 +103,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t, RangeFunction function, v
   constexpr int64_t kThreads = 3;
   const int64_t share = (end - begin + kThreads - 1) / kThreads;
   std::vector<std::thread> threads;
-  for (int64_t first = begin; first < end; first += share) threads.emplace_back([=] { function(first, first + share < end ? first + share : end, context); });
+  for (int64_t first = begin; first < end; first += share)
+    threads.emplace_back([=] { function(first, first + share < end ? first + share : end, context); });
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -116,21 +118,22 @@ struct Shape {
 
 // logit = scale * q.k * multiplier(b, h, i, j) + bias(b, h, i, j)
 template <class Multiplier, class Bias, class RunForward, class RunBackward>
-void compare(const char* name, DType dtype, const Shape& s, const Multiplier& multiplier, const Bias& bias, const RunForward& run_forward,
-    const RunBackward& run_backward) {
-  const std::vector<int64_t> query_size = {s.batch, s.heads * s.group, s.queries, s.head_dim}, key_size = {s.batch, s.heads, s.keys, s.head_dim};
+void compare(const char* name, DType dtype, const Shape& s, const Multiplier& multiplier, const Bias& bias,
+    const RunForward& run_forward, const RunBackward& run_backward) {
+  const std::vector<int64_t> query_size = {s.batch, s.heads * s.group, s.queries, s.head_dim},
+                             key_size = {s.batch, s.heads, s.keys, s.head_dim};
   const HeapTensor query(dtype, query_size, s.layout), key(dtype, key_size, s.layout), value(dtype, key_size, s.layout),
       grad_output(dtype, query_size, s.layout);
   const Layout dense = s.layout == Layout::kHeadsInside ? s.layout : Layout::kContiguous;
-  const HeapTensor output(dtype, query_size, dense, true), grad_query(dtype, query_size, dense, true), grad_key(dtype, key_size, dense, true),
-      grad_value(dtype, key_size, dense, true);
+  const HeapTensor output(dtype, query_size, dense, true), grad_query(dtype, query_size, dense, true),
+      grad_key(dtype, key_size, dense, true), grad_value(dtype, key_size, dense, true);
   const int64_t rows = s.batch * s.heads * s.group * s.queries;
   std::unique_ptr<float[]> logsumexp(new float[rows]);
   for (int64_t i = 0; i < rows; ++i) logsumexp[i] = NAN;
   const float scale = 1.f / sqrtf(static_cast<float>(s.head_dim));
   run_forward(AttentionForward{query.view(), key.view(), value.view(), output.view(), logsumexp.get(), scale});
-  run_backward(AttentionBackward{grad_output.view(), query.view(), key.view(), value.view(), output.view(), logsumexp.get(), grad_query.view(), grad_key.view(),
-      grad_value.view(), scale});
+  run_backward(AttentionBackward{grad_output.view(), query.view(), key.view(), value.view(), output.view(),
+      logsumexp.get(), grad_query.view(), grad_key.view(), grad_value.view(), scale});
 
   const int64_t D = s.head_dim;
   double worst[4] = {}, largest[4] = {0.05, 0.05, 0.05, 0.05};
@@ -157,7 +160,8 @@ void compare(const char* name, DType dtype, const Shape& s, const Multiplier& mu
           for (double& x : p) x = sum > 0 ? x / sum : 0.0;
           for (int64_t j = 0; j < s.keys; ++j)
             for (int64_t d = 0; d < D; ++d) o[d] += p[j] * value.at(b, kv, j, d);
-          for (int64_t d = 0; d < D; ++d) note(0, output.at(b, h, i, d), o[d]), delta += o[d] * grad_output.at(b, h, i, d);
+          for (int64_t d = 0; d < D; ++d)
+            note(0, output.at(b, h, i, d), o[d]), delta += o[d] * grad_output.at(b, h, i, d);
           const float got = logsumexp[(b * s.heads * s.group + h) * s.queries + i];
           const double want = sum > 0 ? top + log(sum) : -INFINITY;
           if (isinf(want) ? !isinf(got) : !(fabs(got - want) < 0.02 * (1 + fabs(want)))) note(0, NAN, 0);
@@ -175,39 +179,46 @@ void compare(const char* name, DType dtype, const Shape& s, const Multiplier& mu
         }
       }
       for (int64_t j = 0; j < s.keys; ++j)
-        for (int64_t d = 0; d < D; ++d) note(2, grad_key.at(b, kv, j, d), dk[j * D + d]), note(3, grad_value.at(b, kv, j, d), dv[j * D + d]);
+        for (int64_t d = 0; d < D; ++d)
+          note(2, grad_key.at(b, kv, j, d), dk[j * D + d]), note(3, grad_value.at(b, kv, j, d), dv[j * D + d]);
     }
   const double tolerance = dtype == DType::kFloat32 ? 2e-5 : 4e-2;
   for (int which = 0; which < 4; ++which)
     if (!(worst[which] <= tolerance * largest[which])) {
       ++failures;
-      printf("%s: dtype %d, %ld x (%ld * %ld) x %ld x %ld x %ld, layout %d: tensor %d off by %g of %g\n", name, static_cast<int>(dtype),
-          static_cast<long>(s.batch), static_cast<long>(s.heads), static_cast<long>(s.group), static_cast<long>(s.queries), static_cast<long>(s.keys),
-          static_cast<long>(D), static_cast<int>(s.layout), which, worst[which], largest[which]);
+      printf("%s: dtype %d, %ld x (%ld * %ld) x %ld x %ld x %ld, layout %d: tensor %d off by %g of %g\n", name,
+          static_cast<int>(dtype), static_cast<long>(s.batch), static_cast<long>(s.heads), static_cast<long>(s.group),
+          static_cast<long>(s.queries), static_cast<long>(s.keys), static_cast<long>(D), static_cast<int>(s.layout),
+          which, worst[which], largest[which]);
     }
 }
 
 const auto one = [](auto...) { return 1.0; };
 const auto zero = [](auto...) { return 0.0; };
 
-void gaussian_mixture(DType dtype, int64_t grid_h, int64_t grid_w, int64_t prefix, int64_t gaussians, int64_t head_dim, Layout layout) {
+void gaussian_mixture(
+    DType dtype, int64_t grid_h, int64_t grid_w, int64_t prefix, int64_t gaussians, int64_t head_dim, Layout layout) {
   const int64_t heads = 2, tokens = grid_h * grid_w + prefix;
-  std::unique_ptr<float[]> alpha(new float[gaussians * heads]), sigma(new float[gaussians * heads]), grad_alpha(new float[gaussians * heads]),
-      grad_sigma(new float[gaussians * heads]);
-  for (int64_t i = 0; i < gaussians * heads; ++i) alpha[i] = uniform(), sigma[i] = i % 3 == 0 ? 0.f : 4.f * uniform(), grad_alpha[i] = grad_sigma[i] = NAN;
+  std::unique_ptr<float[]> alpha(new float[gaussians * heads]), sigma(new float[gaussians * heads]),
+      grad_alpha(new float[gaussians * heads]), grad_sigma(new float[gaussians * heads]);
+  for (int64_t i = 0; i < gaussians * heads; ++i)
+    alpha[i] = uniform(), sigma[i] = i % 3 == 0 ? 0.f : 4.f * uniform(), grad_alpha[i] = grad_sigma[i] = NAN;
   const GaussianMixture mixture = {alpha.get(), sigma.get(), gaussians, grid_h, grid_w, prefix, 1e-5};
   const auto multiplier = [&](int64_t, int64_t h, int64_t i, int64_t j) {
     if (i < prefix || j < prefix) return 1.0;
     const double dy = static_cast<double>((i - prefix) / grid_w - (j - prefix) / grid_w),
                  dx = static_cast<double>((i - prefix) % grid_w - (j - prefix) % grid_w);
     double m = 0;
-    for (int64_t k = 0; k < gaussians; ++k) m += alpha[k * heads + h] * exp(-(dx * dx + dy * dy) / (2 * (pow(sigma[k * heads + h], 2) + 1e-5)));
+    for (int64_t k = 0; k < gaussians; ++k)
+      m += alpha[k * heads + h] * exp(-(dx * dx + dy * dy) / (2 * (pow(sigma[k * heads + h], 2) + 1e-5)));
     return m;
   };
   compare(
       "gaussian_mixture", dtype, {2, heads, 1, tokens, tokens, head_dim, false, layout}, multiplier, zero,
       [&](const AttentionForward& a) { kernels_under_test.gaussian_mixture_forward(a, mixture, kRuntime); },
-      [&](const AttentionBackward& a) { kernels_under_test.gaussian_mixture_backward(a, mixture, {grad_alpha.get(), grad_sigma.get()}, kRuntime); });
+      [&](const AttentionBackward& a) {
+        kernels_under_test.gaussian_mixture_backward(a, mixture, {grad_alpha.get(), grad_sigma.get()}, kRuntime);
+      });
   for (int64_t i = 0; i < gaussians * heads; ++i)
     if (!isfinite(grad_alpha[i]) || !isfinite(grad_sigma[i]))
       ++failures, printf("gaussian_mixture: parameter gradient %ld is not finite\n", static_cast<long>(i));
@@ -223,7 +234,9 @@ void masked_product(DType dtype, DType weight_dtype, int64_t tokens, int64_t hea
       "masked_product", dtype, {2, heads, 1, tokens, tokens, head_dim, false, layout},
       [&](int64_t, int64_t h, int64_t i, int64_t j) { return weight.at(0, shared ? 0 : h, i, j); }, zero,
       [&](const AttentionForward& a) { kernels_under_test.masked_product_forward(a, {view}, kRuntime); },
-      [&](const AttentionBackward& a) { kernels_under_test.masked_product_backward(a, {view}, {grad_view}, kRuntime); });
+      [&](const AttentionBackward& a) {
+        kernels_under_test.masked_product_backward(a, {view}, {grad_view}, kRuntime);
+      });
   for (int64_t h = 0; h < (shared ? 1 : heads); ++h)
     for (int64_t i = 0; i < tokens * tokens; ++i)
       if (!isfinite(grad.at(0, h, i / tokens, i % tokens))) {
@@ -235,9 +248,13 @@ void masked_product(DType dtype, DType weight_dtype, int64_t tokens, int64_t hea
 void attention(DType dtype, const Shape& s, const HeapTensor* bias) {
   const AttentionMask mask = {bias ? bias->view() : Tensor{}, s.is_causal};
   const auto run_forward = [&](const AttentionForward& a) { kernels_under_test.attention_forward(a, mask, kRuntime); };
-  const auto run_backward = [&](const AttentionBackward& a) { kernels_under_test.attention_backward(a, mask, kRuntime); };
+  const auto run_backward = [&](const AttentionBackward& a) {
+    kernels_under_test.attention_backward(a, mask, kRuntime);
+  };
   if (bias)
-    compare("attention with mask", dtype, s, one, [&](int64_t b, int64_t h, int64_t i, int64_t j) { return bias->at(b, h, i, j); }, run_forward, run_backward);
+    compare(
+        "attention with mask", dtype, s, one,
+        [&](int64_t b, int64_t h, int64_t i, int64_t j) { return bias->at(b, h, i, j); }, run_forward, run_backward);
   else
     compare("attention", dtype, s, one, zero, run_forward, run_backward);
 }
