@@ -128,7 +128,7 @@ def _attention(batch, heads, tokens, head_dim, kind="", kv_heads=None, small=Fal
         )
 
     def reference(t):
-        return effattn.reference.scaled_dot_product_attention(**t, **arguments(t))
+        return effattn.reference.scaled_dot_product_attention(**t, **arguments(t), enable_gqa=kv_heads is not None)
 
     detail = ", ".join(filter(None, (kind, f"{kv_heads} key heads" if kv_heads else "")))
     shape = f"{batch}x{heads}x{tokens}x{head_dim}{', ' + detail if detail else ''}"

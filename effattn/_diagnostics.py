@@ -15,6 +15,7 @@ from . import _native, _registry
 from ._version import __version__
 
 OLDEST_TORCH = (2, 10)
+CPU_ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -106,6 +107,9 @@ def _environment_problems():
     forced = os.environ.get("EFFATTN_BACKEND")
     if forced and forced not in ("auto", *_registry.BACKENDS):
         yield f"EFFATTN_BACKEND={forced} names no backend", "unset EFFATTN_BACKEND"
+    level = os.environ.get("EFFATTN_CPU_ISA")
+    if level and level not in CPU_ISA_LEVELS:
+        yield f"EFFATTN_CPU_ISA={level} is none of {', '.join(CPU_ISA_LEVELS)}, and ignored", "unset EFFATTN_CPU_ISA"
     if os.environ.get("TRITON_INTERPRET") == "1" and torch.cuda.is_available():
         yield "TRITON_INTERPRET=1 runs GPU kernels in a slow interpreter", "unset TRITON_INTERPRET"
 

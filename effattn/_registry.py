@@ -131,7 +131,8 @@ def _log_fallback(op: str, problem: Problem) -> None:
     reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts(op, problem) if not v.ok)
     if (op, reasons) not in _logged:
         _logged.add((op, reasons))
-        logger.info("%s runs on the reference (plain PyTorch): %s", op, reasons)
+        level = logging.INFO if _native.loaded else logging.WARNING  # a broken installation should be seen
+        logger.log(level, "%s runs on the reference (plain PyTorch): %s", op, reasons)
 
 
 def _explain_choice(op: str, requested: str, problem: Problem) -> _Explained:

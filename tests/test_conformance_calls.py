@@ -217,10 +217,18 @@ def test_fallback_of_auto_is_logged_once_with_its_reasons(case, without_kernels,
         case.function(**arguments(case))
     messages = [r.getMessage() for r in fresh_log.records if r.name == "effattn"]
     assert len(messages) == 1
-    assert fresh_log.records[0].levelname == "INFO"
+    assert fresh_log.records[0].levelname == "WARNING"
     assert messages[0].startswith(f"{case.op} runs on the reference")
     assert "the compiled extension is gone" in messages[0]
     assert "triton: tensors are on cpu" in messages[0]
+
+
+def test_fallback_of_a_sound_installation_is_logged_as_information(fresh_log):
+    query, key, value = torch.randn(3, 1, 2, 12, 8, dtype=torch.float64)
+    effattn.gaussian_mixture_attention(query, key, value, torch.ones(1, 2), torch.ones(1, 2), (3, 4))
+    (record,) = (r for r in fresh_log.records if r.name == "effattn")
+    assert record.levelname == "INFO"
+    assert "no kernel for torch.float64" in record.getMessage()
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)

@@ -157,7 +157,7 @@ def test_package_without_the_library_logs_the_reason_once(bare):
     code = "import logging; logging.basicConfig(level=logging.INFO, format='%(name)s %(levelname)s %(message)s');"
     ran = python(code + CALL.format("") + ";" + CALL.format(""), bare)
     assert ran.returncode == 0
-    lines = [line for line in ran.stderr.splitlines() if line.startswith("effattn INFO")]
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("effattn WARNING")]
     assert len(lines) == 1
     assert "gaussian_mixture_attention runs on the reference" in lines[0]
     assert "_cpu.so is missing" in lines[0]

@@ -124,7 +124,9 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if backend == "reference":
-        return reference.scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, dropout_p)
+        return reference.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, scale, dropout_p, enable_gqa
+        )
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     scale = float(query.shape[3]) ** -0.5 if scale is None else float(scale)

@@ -20,9 +20,10 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
 ) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if key.shape[-3] != query.shape[-3]:
+    if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     logits = scale * query @ key.transpose(-2, -1)
