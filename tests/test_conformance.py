@@ -25,7 +25,7 @@ from conformance import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effattn import _registry
+from effattn import _native, _registry
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -57,8 +57,12 @@ CORNERS = {
 
 
 OVER_BUDGET = {
-    ("masked_product_attention", "triton", corner): "weight's gradient of 5 tokens uses 1.15 of its budget: dO . O and "
-    "dO V^T are summed in different orders"
+    (
+        "masked_product_attention",
+        kernel,
+        corner,
+    ): f"weight's gradient of 5 tokens uses {used} of its budget: dO . O and dO V^T are summed in different orders"
+    for kernel, used in (("triton", 1.15), ("cpu baseline", 1.31))
     for corner in ("only prefix tokens, no rows", "only prefix tokens, no columns")
 }
 """Known misses of the accuracy rule, float32, with their cause."""
@@ -124,8 +128,9 @@ def test_accuracy_at_every_head_dim(case, backend, dtype, head_dim):
 @pytest.mark.parametrize("corner", CORNERS)
 def test_accuracy_in_corner_cases(case, backend, dtype, corner, request):
     shape = CORNERS[corner]
-    if dtype == torch.float32 and (case.op, backend, corner) in OVER_BUDGET:
-        reason = OVER_BUDGET[case.op, backend, corner]
+    kernel = f"cpu {_native.isa()}" if backend == "cpu" else backend
+    if dtype == torch.float32 and (case.op, kernel, corner) in OVER_BUDGET:
+        reason = OVER_BUDGET[case.op, kernel, corner]
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=False, reason=reason))
     if is_slow(backend) and (shape.tokens * shape.key_tokens > 700 or shape.gaussians > 9 or dtype != torch.float32):
         pytest.skip(SLOW)
