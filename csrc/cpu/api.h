@@ -2,7 +2,7 @@
 // A new family adds its argument structs, its line in kernels.inc, and its <family>.cpp.
 #pragma once
 
-#include "types.h"
+#include "../types.h"
 
 namespace effattn {
 

@@ -16,7 +16,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "types.h"
+#include "../types.h"
 
 #ifndef EFFATTN_ISA
 #define EFFATTN_ISA baseline
