@@ -1,9 +1,9 @@
 """Declares fused operators to torch: schema, shape rule, autograd, vmap and FLOP count, once per operator.
 
-An operator ``X`` is two torch ops, ``X_fwd`` and ``X_bwd``. They are declared with one schema in every namespace:
+Every torch op is declared with one schema in every namespace:
 
-    effattn::X_fwd         compiled kernels, found by dispatch key (CPU from _cpu.so, CUDA from _cuda.so)
-    effattn_triton::X_fwd  Triton launchers of the same name in effattn.triton_kernels.<family>
+    effattn::X         compiled kernels, found by dispatch key (CPU from _cpu.so, CUDA from _cuda.so)
+    effattn_triton::X  Triton launchers of the same name in effattn.triton_kernels.<family>
 
 so a backend is a namespace, and whatever sees torch ops (compile, export, FakeTensor, profiler, FLOP counter) sees all.
 """
@@ -20,20 +20,83 @@ from . import _flops
 
 NAMESPACES = {"cpu": "effattn", "cuda": "effattn", "triton": "effattn_triton"}
 
-_libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in set(NAMESPACES.values())}
+_libraries: dict[str, torch.library.Library] = {}
+_ops: dict[str, Op] = {}
 _operators: dict[str, Operator] = {}
 
 
+class Op:
+    """One torch op, declared in every namespace; calling it runs a backend's kernel, below autograd.
+
+    Args:
+        schema: ``name(arguments) -> results``.
+        fake: the shape rule, called with the op's arguments.
+        family: module of ``effattn.triton_kernels`` that launches it.
+        vmap: called with the overload, gives its vmap rule; default: a loop over the mapped examples.
+        flops: ``(*argument_shapes, out_shape=...)`` -> FLOPs.
+    """
+
+    def __init__(self, schema: str, fake: Callable, *, family: str, vmap: Callable | None = None, flops=None):
+        self.schema, self.name = schema, schema[: schema.index("(")]
+        self._fake, self._family, self._vmap, self._flops = fake, family, vmap or _loop, flops
+        self._overloads: dict[str, torch._ops.OpOverload] = {}
+        for namespace in dict.fromkeys(NAMESPACES.values()):
+            self.declare(namespace)
+        _ops[self.name] = self
+
+    def declare(self, namespace: str) -> None:
+        if namespace not in _libraries:
+            _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+        library, qualified = _libraries[namespace], f"{namespace}::{self.name}"
+        library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, self._fake, lib=library)
+        packet = getattr(getattr(torch.ops, namespace), self.name)
+        torch.library.register_vmap(qualified, self._vmap(packet.default), lib=library)
+        if self._flops is not None:
+            _flops.register(packet, self._flops)
+        if namespace == NAMESPACES["triton"]:
+            for key in ("CPU", "CUDA"):
+                library.impl(self.name, _triton_launcher(self._family, self.name), key)
+        for backend, place in NAMESPACES.items():
+            if place == namespace:
+                self._overloads[backend] = packet.default
+
+    def overload(self, backend: str) -> torch._ops.OpOverload:
+        return self._overloads[backend]
+
+    def __call__(self, backend: str, *args):
+        return self._overloads[backend](*args)
+
+
+def redirect(backend: str, namespace: str) -> None:
+    """Let ``backend`` mean the ops of ``namespace``: how tests run the CUDA kernels where there is no GPU."""
+    NAMESPACES[backend] = namespace
+    for op in _ops.values():
+        op.declare(namespace)
+
+
+def _triton_launcher(family: str, name: str) -> Callable:
+    def launch(*args):
+        return getattr(importlib.import_module(f"effattn.triton_kernels.{family}"), name)(*args)
+
+    return launch
+
+
 class Operator:
-    """A differentiable attention operator whose kernels return ``(output, logsumexp)``.
+    """A differentiable attention operator: ``X_fwd`` returns the output and what ``X_bwd`` needs of the forward.
 
     Args:
         name: ``X`` above.
         family: module of ``effattn.triton_kernels`` that launches it.
         tensors: its tensor arguments, query, key and value first; a leading ``?`` marks an optional one.
-        differentiable: those of them that receive a gradient, in the order in which ``X_bwd`` returns it.
+        differentiable: those of them that receive a gradient, in the order in which ``X_bwd`` returns it (an empty
+            tensor for an optional one that is absent).
         parameters: those of them that have no batch dimension.
         options: schema of the remaining arguments.
+        saved: what the forward returns beside the output, name -> (shape from query's shape); float32, batch first.
+        saves_output: whether ``X_bwd`` takes the output too.
+        mixes_batch: (tensors and options) -> whether an example's result depends on the rest of its batch.
+        flops: (query_shape, key_shape) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
     """
 
     def __init__(
@@ -45,86 +108,73 @@ class Operator:
         differentiable: tuple[str, ...],
         parameters: tuple[str, ...] = (),
         options: str,
+        saved: dict[str, Callable] | None = None,
+        saves_output: bool = True,
+        mixes_batch: Callable[..., bool] = lambda *args: False,
+        flops: Callable[..., int] | None = None,
     ):
-        self.name, self.family = name, family
         names = [tensor.removeprefix("?") for tensor in tensors]
         inputs = ", ".join(f"Tensor{'?' if t[0] == '?' else ''} {n}" for t, n in zip(tensors, names))
         self.num_tensors = len(names)
+        self.saves_output = saves_output
         self.differentiable = tuple(names.index(n) for n in differentiable)
-        self.parameters = frozenset(names.index(n) for n in parameters)
-        grads = ", ".join(f"Tensor grad_{n}" for n in differentiable)
-        forward = f"{name}_fwd({inputs}, {options}) -> (Tensor output, Tensor logsumexp)"
-        backward = f"{name}_bwd(Tensor grad_output, {inputs}, Tensor output, Tensor logsumexp, {options}) -> ({grads})"
-        for namespace, library in _libraries.items():
-            for schema, fake, batched, flops in (
-                (forward, self._fake_forward, self._vmap_forward, self._flops_forward),
-                (backward, self._fake_backward, self._vmap_backward, self._flops_backward),
-            ):
-                library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-                op_name = schema[: schema.index("(")]
-                qualified = f"{namespace}::{op_name}"
-                torch.library.register_fake(qualified, fake, lib=library)
-                op = getattr(getattr(torch.ops, namespace), op_name)
-                torch.library.register_vmap(qualified, batched(op.default), lib=library)
-                _flops.register(op, flops)
-                if namespace == "effattn_triton":
-                    for key in ("CPU", "CUDA"):
-                        library.impl(op_name, _triton_launcher(family, op_name), key)
-        self._ops = {
-            (backend, direction): getattr(getattr(torch.ops, namespace), f"{name}_{direction}").default
-            for backend, namespace in NAMESPACES.items()
-            for direction in ("fwd", "bwd")
-        }
-        _operators[name] = self
+        self._saved = saved or {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
+        self._flops = flops or _score_flops
+        parameters = frozenset(names.index(n) for n in parameters)
+        kept = [*(("output",) if saves_output else ()), *self._saved]
+        self.num_kept = len(kept)
 
-    def op(self, backend: str, direction: str) -> torch._ops.OpOverload:
-        """The torch op that ``backend`` runs for ``direction`` ("fwd" or "bwd")."""
-        return self._ops[backend, direction]
+        results = ", ".join(f"Tensor {n}" for n in ("output", *self._saved))
+        gradients = ", ".join(f"Tensor grad_{n}" for n in differentiable)
+        again = ", ".join(f"Tensor {n}" for n in kept)
+        self.forward = Op(
+            f"{name}_fwd({inputs}, {options}) -> ({results})",
+            self._fake_forward,
+            family=family,
+            vmap=lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch),
+            flops=lambda query, key, *args, **kwargs: self._flops(query, key),
+        )
+        # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
+        shifted = frozenset(i + 1 for i in parameters)
+        self.backward = Op(
+            f"{name}_bwd(Tensor grad_output, {inputs}, {again}, {options}) -> ({gradients})",
+            self._fake_backward,
+            family=family,
+            vmap=lambda op: _fold_or_loop(
+                op,
+                shifted,
+                1 + self.num_tensors + self.num_kept,
+                lambda grad_output, *args: bool(shifted) or mixes_batch(*args),
+            ),
+            flops=lambda grad, query, key, *args, **kwargs: self._flops(query, key) * 5 // 2,
+        )
+        _operators[name] = self
+        self.name = name
 
     def __call__(self, backend: str, *args) -> torch.Tensor:
         """Run the operator on ``backend``; differentiable."""
         if torch.is_grad_enabled():
             for index in self.differentiable:
-                if args[index].requires_grad:
+                if args[index] is not None and args[index].requires_grad:
                     return Fused.apply(self.name, backend, *args)[0]
-        return self._ops[backend, "fwd"](*args)[0]
-
-    # ---- shapes ----
+        return self.forward(backend, *args)[0]
 
     def _fake_forward(self, query, *args):
-        batch, heads, length, _ = query.shape
-        return torch.empty_like(query), query.new_empty((batch, heads, length), dtype=torch.float32)
+        saved = (query.new_empty(shape(*query.shape), dtype=torch.float32) for shape in self._saved.values())
+        return torch.empty_like(query), *saved
 
     def _fake_backward(self, grad_output, *args):
-        return tuple(torch.empty_like(args[i]) for i in self.differentiable)
-
-    # ---- vmap: fold the mapped dimension into the batch; loop where a parameter is mapped ----
-
-    def _vmap_forward(self, op):
-        return _fold_or_loop(op, self.parameters, self.num_tensors, loop_always=False)
-
-    def _vmap_backward(self, op):
-        # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
-        parameters = frozenset(i + 1 for i in self.parameters)
-        return _fold_or_loop(op, parameters, self.num_tensors + 3, loop_always=bool(parameters))
-
-    # ---- FLOPs: two matrix products forward; five backward, for scores are recomputed ----
-
-    @staticmethod
-    def _flops_forward(query_shape, key_shape, *args, out_shape=None, **kwargs) -> int:
-        batch, heads, length, head_dim = query_shape
-        return 4 * batch * heads * length * key_shape[2] * head_dim
-
-    @classmethod
-    def _flops_backward(cls, grad_output_shape, query_shape, key_shape, *args, out_shape=None, **kwargs) -> int:
-        return cls._flops_forward(query_shape, key_shape) * 5 // 2
+        absent = grad_output.new_empty
+        return tuple(
+            torch.empty_like(args[i]) if args[i] is not None else absent((0,), dtype=torch.float32)
+            for i in self.differentiable
+        )
 
 
-def _triton_launcher(family: str, name: str) -> Callable:
-    def launch(*args):
-        return getattr(importlib.import_module(f"effattn.triton_kernels.{family}"), name)(*args)
-
-    return launch
+def _score_flops(query, key) -> int:
+    """Two products of scores' size; a multiply-add is two."""
+    batch, heads, length, head_dim = query
+    return 4 * batch * heads * length * key[2] * head_dim
 
 
 class Fused(torch.autograd.Function):
@@ -134,28 +184,29 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(name, backend, *args):
-        return _operators[name].op(backend, "fwd")(*args)
+        return _operators[name].forward(backend, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         name, backend, *args = inputs
-        output, logsumexp = outputs
-        count = _operators[name].num_tensors
+        operator = _operators[name]
+        count = operator.num_tensors
         ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
-        ctx.save_for_backward(*args[:count], output, logsumexp)
-        ctx.mark_non_differentiable(logsumexp)
+        ctx.save_for_backward(*args[:count], *(outputs if operator.saves_output else outputs[1:]))
+        ctx.mark_non_differentiable(*outputs[1:])
 
     @staticmethod
-    def backward(ctx, grad_output, _):
+    def backward(ctx, grad_output, *_):
         operator = _operators[ctx.name]
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
-            gradients = FusedGradient.apply(ctx.name, ctx.backend, *arguments)
+            gradients = FusedGradient.apply(operator.backward.name, ctx.backend, *arguments)
         else:
-            gradients = operator.op(ctx.backend, "bwd")(*arguments)
+            gradients = operator.backward(ctx.backend, *arguments)
         slots = [None] * (2 + operator.num_tensors + len(ctx.options))
         for index, gradient in zip(operator.differentiable, gradients):
-            slots[2 + index] = gradient
+            if arguments[1 + index] is not None:
+                slots[2 + index] = gradient
         return tuple(slots)
 
 
@@ -164,13 +215,13 @@ Fused.forward.__signature__ = inspect.signature(Fused.forward)
 
 
 class FusedGradient(torch.autograd.Function):
-    """The backward op as a node of a graph: an attempt to differentiate it again fails instead of giving zeros."""
+    """A backward op as a node of a graph: an attempt to differentiate it again fails instead of giving zeros."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(name, backend, *args):
-        return _operators[name].op(backend, "bwd")(*args)
+        return _ops[name](backend, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -181,24 +232,36 @@ class FusedGradient(torch.autograd.Function):
         raise NotImplementedError("effattn's kernels have no second derivative; backend='reference' has")
 
 
-def _fold_or_loop(op, parameters: frozenset[int], num_tensors: int, *, loop_always: bool) -> Callable:
+# ---- vmap: fold the mapped dimension into the batch; loop where that would mix examples ----
+
+
+def _loop(op) -> Callable:
     def rule(info, in_dims, *args):
-        mapped = [i for i in range(num_tensors) if in_dims[i] is not None]
-        if loop_always or any(i in parameters for i in mapped):
-            results = []
-            for index in range(info.batch_size):
-                example = [a.select(in_dims[i], index) if i in mapped else a for i, a in enumerate(args)]
-                results.append(op(*example))
-            outputs = tuple(torch.stack(parts) for parts in zip(*results))
-        else:
-            folded = list(args)
-            for i in range(num_tensors):
-                if i in parameters or args[i] is None:
-                    continue
-                dim = in_dims[i]
-                moved = args[i].movedim(dim, 0) if dim is not None else args[i].expand(info.batch_size, *args[i].shape)
-                folded[i] = moved.flatten(0, 1)
-            outputs = tuple(t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in op(*folded))
+        results = []
+        for index in range(info.batch_size):
+            results.append(op(*(a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims))))
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        outputs = tuple(torch.stack(parts) for parts in zip(*results))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def _fold_or_loop(op, parameters: frozenset[int], num_tensors: int, mixes_batch: Callable[..., bool]) -> Callable:
+    loop = _loop(op)
+
+    def rule(info, in_dims, *args):
+        if mixes_batch(*args) or any(in_dims[i] is not None for i in parameters):
+            return loop(info, in_dims, *args)
+        folded = list(args)
+        for i in range(num_tensors):
+            if i in parameters or args[i] is None:
+                continue
+            dim = in_dims[i]
+            moved = args[i].movedim(dim, 0) if dim is not None else args[i].expand(info.batch_size, *args[i].shape)
+            folded[i] = moved.flatten(0, 1)
+        outputs = tuple(t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in op(*folded))
         return outputs, (0,) * len(outputs)
 
     return rule

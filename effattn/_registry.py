@@ -23,6 +23,7 @@ logger = logging.getLogger("effattn")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+OLDEST_GPU = 8  # compute capability that the CUDA kernels are compiled for
 
 
 class Problem(NamedTuple):
@@ -227,6 +228,17 @@ def cpu_kernel(problem: Problem) -> tuple[bool, str]:
         return False, f"tensors are on {problem.device}"
     if not _native.loaded:
         return False, f"{_native.problem} (python -m effattn doctor)"
+    return _kernel_limits(problem)
+
+
+def cuda_kernel(problem: Problem) -> tuple[bool, str]:
+    """CUDA C++ kernels of ``effattn/_cuda.so``."""
+    if problem.device != _native.cuda_device:
+        return False, f"tensors are on {problem.device}"
+    if not _native.cuda_loaded:
+        return False, f"{_native.cuda_problem} (python -m effattn doctor)"
+    if problem.device == "cuda" and torch.cuda.get_device_properties(0).major < OLDEST_GPU:
+        return False, f"the GPU's compute capability is below {OLDEST_GPU}.0"
     return _kernel_limits(problem)
 
 

@@ -87,3 +87,49 @@ class GaussianMixtureMask(StructuredMask):
             f"GaussianMixtureMask(gaussians={gaussians}, heads={heads}, grid={self.grid}, "
             f"num_prefix_tokens={self.num_prefix_tokens})"
         )
+
+
+class ShiftAdd(StructuredMask):
+    """Replaces softmax attention by linear angular attention with binary queries and keys.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=ShiftAdd(...))`` equals ``shift_add_attention(q, k, v, ...)``,
+    which documents the formula. It is another attention and not a mask of the stock one: there are no softmax weights,
+    so that ``scale`` and ``dropout_p`` have nothing to act on and are refused, and ``dense()`` does not exist.
+
+    Args:
+        binarize: "published", "mean_threshold", "per_head" or "sign".
+        residual_weight: (H, 1, T, 1) depthwise convolution of value over the tokens, or None; it receives a gradient.
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.shift_add_attention`.
+
+    Source:
+        ShiftAddViT, arXiv 2306.06446, section 4.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 12, 8)
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=effattn.ShiftAdd("per_head"))
+        >>> torch.equal(out, effattn.shift_add_attention(query, key, value, binarize="per_head"))
+        True
+    """
+
+    def __init__(self, binarize: str = "published", residual_weight: Tensor | None = None):
+        self.binarize, self.residual_weight = binarize, residual_weight
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        if dropout_p != 0.0:
+            raise ValueError(f"ShiftAdd: dropout_p must be 0 (there are no attention weights), got {dropout_p}")
+        if scale is not None:
+            raise ValueError(f"ShiftAdd: scale must be None (queries and keys are normalised), got {scale}")
+        return ops.shift_add_attention(
+            query, key, value, binarize=self.binarize, residual_weight=self.residual_weight, backend=backend
+        )
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError("ShiftAdd is no mask of softmax attention and has no dense form")
+
+    def __repr__(self) -> str:
+        shape = None if self.residual_weight is None else tuple(self.residual_weight.shape)
+        return f"ShiftAdd(binarize={self.binarize!r}, residual_weight={shape})"

@@ -2,5 +2,18 @@
 
 from .attention import scaled_dot_product_attention
 from .gaussian_mixture import gaussian_mixture_attention, masked_product_attention
+from .packed_bits import add_matmul, binary_matmul, hamming_attention, pack_signs
+from .shift_add import shift_add_attention
+from .shift_linear import shift_linear
 
-__all__ = ["gaussian_mixture_attention", "masked_product_attention", "scaled_dot_product_attention"]
+__all__ = [
+    "add_matmul",
+    "binary_matmul",
+    "gaussian_mixture_attention",
+    "hamming_attention",
+    "masked_product_attention",
+    "pack_signs",
+    "scaled_dot_product_attention",
+    "shift_add_attention",
+    "shift_linear",
+]
