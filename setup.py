@@ -1,7 +1,11 @@
-"""Builds effattn/_cpu.so through the LibTorch stable ABI; metadata is in pyproject.toml.
+"""Builds effattn/_cpu.so and, where there is nvcc, effattn/_cuda.so through the LibTorch stable ABI; metadata is in
+pyproject.toml.
 
 One wheel, py3-none-<platform>, serves every Python >= 3.10 and torch >= 2.10. Kernel sources are compiled once per ISA level, hence our own ninja file:
 torch's BuildExtension knows one set of flags. Where something needed is missing the package installs without the library and runs on plain PyTorch.
+
+EFFATTN_CUDA=1 builds the CUDA kernels and fails without nvcc, 0 leaves them out. By default a wheel has them if nvcc is there, an editable install
+only if torch could load them.
 """
 
 import importlib.util
@@ -32,10 +36,12 @@ X86_LEVELS = {
     "baseline": "-march=x86-64-v2",
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
-    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mprefer-vector-width=512",
+    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vpopcntdq -mprefer-vector-width=512",
 }
 LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Ampere's code also runs on Ada; PTX of the oldest is compiled on load by whatever else there is or will be.
+GPUS = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=sm_100", "arch=compute_120,code=sm_120")
 
 
 def compiler():
@@ -83,6 +89,25 @@ def missing():
     return None
 
 
+def nvcc():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
+
+
+def torch_has_cuda():
+    version = torch_directory() / "version.py"
+    return version.exists() and "cuda: Optional[str] = None" not in version.read_text()
+
+
+def wants_cuda():
+    asked = os.environ.get("EFFATTN_CUDA")
+    if asked == "1" and nvcc() is None:
+        sys.exit("effattn: EFFATTN_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
+    if asked is not None or nvcc() is None:
+        return asked == "1"
+    return "bdist_wheel" in sys.argv or torch_has_cuda()
+
+
 def quote(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -123,6 +148,31 @@ def write_cpu_ninja(directory, library):
     (directory / "build.ninja").write_text("\n".join(lines))
 
 
+def write_cuda_ninja(directory, library):
+    """build.ninja for _cuda.so: every source once for all GPUs, the runtime linked in."""
+    torch = torch_directory()
+    targets = " ".join(f"-gencode={shlex.quote(gpu)}" for gpu in GPUS)
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "bindings" / "cuda").glob("*.cpp"))]
+    lines = [
+        f"nvcc = {shlex.quote(nvcc())} -ccbin {shlex.quote(compiler()[0])}",
+        f"flags = -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA {TORCH} -isystem {shlex.quote(str(torch / 'include'))}",
+        "rule compile",
+        f"  command = $nvcc $flags {targets} --threads 2 -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        f"  command = $nvcc -shared -cudart static {targets} $in -o $out -Xlinker -s -L{shlex.quote(str(torch / 'lib'))} "
+        "-Xlinker --no-as-needed -ltorch_cpu -ltorch -lc10 -Xlinker --as-needed",
+        "  description = $out",
+    ]
+    objects = [f"{source.parent.name}.{source.stem}{source.suffix}.o" for source in sources]
+    lines += [f"build {name}: compile {quote(source)}" for name, source in zip(objects, sources)]
+    lines += [f"build {quote(library)}: link {' '.join(objects)}", f"default {quote(library)}", ""]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "build.ninja").write_text("\n".join(lines))
+
+
 class BuildNative(build_ext):
     """Compiles with ninja instead of distutils; no Python header is involved."""
 
@@ -145,7 +195,6 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", machine) if self.distribution.has_ext_modules() else (python, abi, machine)
 
 
-# effattn._cuda (csrc/cuda, built by nvcc where there is one) gets its ninja writer here.
 write_ninja = {"effattn._cpu": write_cpu_ninja}
 
 # Metadata is asked for by separate runs of this file; only those that build look for a compiler and speak.
@@ -156,6 +205,9 @@ if lacking:
         f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.",
         file=sys.stderr,
     )
+
+if BUILDING and not lacking and wants_cuda():
+    write_ninja["effattn._cuda"] = write_cuda_ninja
 
 BESIDE = {"effattn.triton_kernels": "triton_kernels", "effattn.bench": "bench"}
 packages = find_packages(include=["effattn", "effattn.*"])

@@ -26,7 +26,7 @@ def info() -> int:
     print(f"torch        {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})")
     print(f"triton       {_version_of('triton')}")
     print(f"cpu library  {_cpu_library()}")
-    print("cuda library none: effattn has no CUDA C++ kernels yet, Triton serves GPUs")
+    print(f"cuda library {_native.CUDA_LIBRARY.name if _native.cuda_loaded else f'none: {_native.cuda_problem}'}")
     print(f"gpu          {_gpu()}")
     for name in ("EFFATTN_BACKEND", "EFFATTN_CPU_ISA", "TRITON_INTERPRET"):
         if os.environ.get(name):
@@ -101,6 +101,8 @@ def _library_problems():
 def _gpu_problems():
     if torch.cuda.is_available() and not _registry.has_triton():
         yield "a GPU is here but triton is not", f"{_python()} -m pip install triton"
+    if torch.cuda.is_available() and torch.version.cuda and not _native.cuda_loaded:
+        yield _native.cuda_problem, f"EFFATTN_CUDA=1 {_rebuild()}"
 
 
 def _environment_problems():

@@ -237,9 +237,10 @@ class FusedGradient(torch.autograd.Function):
 
 def _loop(op) -> Callable:
     def rule(info, in_dims, *args):
-        results = []
-        for index in range(info.batch_size):
-            results.append(op(*(a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims))))
+        def example(index: int):
+            return op(*(a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims)))
+
+        results = [example(index) for index in range(info.batch_size)]
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
         outputs = tuple(torch.stack(parts) for parts in zip(*results))

@@ -35,6 +35,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    _load_cuda_emulator()
+
+
+def _load_cuda_emulator() -> None:
+    """Without a GPU the CUDA kernels run as C++ on CPU tensors: backend "cuda" then means these."""
+    from effattn import _library, _native
+
+    if HAS_GPU or os.environ.get("EFFATTN_CUDA_EMULATOR") == "0":
+        return
+    import cuda_emulator
+
+    _library.redirect("cuda", "effattn_emulator")
+    _native.cuda_device = "cpu"
+    try:
+        cuda_emulator.load()
+    except (OSError, RuntimeError) as error:
+        _native.cuda_problem = f"the CUDA emulator does not load: {error}"
+    else:
+        _native.cuda_loaded, _native.cuda_problem = True, ""
 
 
 def pytest_collection_modifyitems(items):

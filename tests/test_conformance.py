@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conformance import (
     CASES,
+    ELSEWHERE,
     LAYOUTS,
     GuardedAllocations,
     Placed,
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (1, 3, 8, 16, 24, 30, 64, 80, 128, 200, 256)
 KERNELS = case_and_backend(without=("reference",))
-SLOW = "the interpreter is slow, tests/test_triton_interpreter.py covers it"
+SLOW = "interpreters and emulators are slow, each has its own file of tests"
 
 CORNERS = {
     "one token": Shape(grid=(1, 1), prefix=0),
@@ -82,7 +85,8 @@ def check(case, backend: str, shape: Shape, dtype: torch.dtype, layouts=None, gr
 
 
 def test_every_registered_operator_has_an_entry():
-    assert set(CASES) == set(_registry.operators())
+    assert set(CASES) | set(ELSEWHERE) == set(_registry.operators())
+    assert all((Path(__file__).parent / name).exists() for name in ELSEWHERE.values())
 
 
 def test_every_operator_ends_at_the_reference():
@@ -106,7 +110,7 @@ def test_reference_is_the_formula(case, shape):
 def test_reference_gradients_are_those_of_finite_differences(case):
     shape = Shape(batch=1, heads=2, grid=(2, 3), head_dim=3, gaussians=2)
     tensors, options = case.tensors(shape, torch.float64), case.options(shape)
-    names = case.differentiable
+    names = [name for name in case.differentiable if name not in case.straight_through]
 
     def call(*values):
         return case({**tensors, **dict(zip(names, values))}, options, "reference")
@@ -206,6 +210,8 @@ def test_inputs_are_not_written(case, backend):
 @pytest.mark.parametrize("head_dim", [5, 64])
 def test_kernels_write_only_inside_their_outputs(case, backend, head_dim):
     require(case.op, backend)
+    if backend == "cuda":
+        pytest.skip("C++ allocates below any mode; the emulator's guard pages and compute-sanitizer watch it")
     shape, device = small(backend).with_(head_dim=head_dim), device_of(backend)
     with RecordedCalls() as recorded:
         run(
@@ -257,6 +263,8 @@ def test_gradients_of_a_subset_are_those_of_all(case, backend):
 @case_and_backend()
 def test_examples_of_a_batch_do_not_touch_each_other(case, backend):
     require(case.op, backend)
+    if case.mixes_batch:
+        pytest.skip("by its definition they do")
     shape, device = small(backend).with_(batch=3), device_of(backend)
     tensors, options = case.tensors(shape, device=device), case.options(shape)
     together = case(tensors, options, backend)

@@ -15,6 +15,7 @@ from conformance import (
     case_and_backend,
     device_of,
     is_slow,
+    namespace_of,
     require,
     run,
     small,
@@ -66,8 +67,7 @@ def assert_agrees(got, wanted, backend: str) -> None:
 @KERNELS
 def test_one_op_forward_and_one_backward(case, backend):
     calls = recorded_calls(case, backend)
-    namespace = "effattn_triton" if backend == "triton" else "effattn"
-    assert [op.namespace for op, _ in calls] == [namespace] * 2
+    assert [op.namespace for op, _ in calls] == [namespace_of(backend)] * 2
     assert [op._opname.rsplit("_", 1)[1] for op, _ in calls] == ["fwd", "bwd"]
 
 

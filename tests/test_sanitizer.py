@@ -15,7 +15,7 @@ REQUIRED_FLAGS = {
     "baseline": (),
     "avx2": ("avx2", "fma", "f16c", "bmi2"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    "avx512_bf16": ("avx512_bf16", "avx512_vnni"),
+    "avx512_bf16": ("avx512_bf16", "avx512_vnni", "avx512_vpopcntdq"),
 }
 SANITIZE = "-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-math-errno -ffp-contract=fast -w"
 

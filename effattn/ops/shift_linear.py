@@ -173,7 +173,7 @@ class _ShiftLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, rows, codes, scale, bias, dense, ctx.bits, _ = inputs
+        ctx.backend, rows, codes, scale, _, dense, ctx.bits, _ = inputs
         ctx.in_features = rows.shape[1]
         ctx.dense_dtype = None if dense is None else dense.dtype
         ctx.save_for_backward(codes, scale, None if dense is None else rows)

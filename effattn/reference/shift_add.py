@@ -65,7 +65,8 @@ def shift_linear(
         output = output + bias.to(output.dtype)
     if activation == "float":
         return output
-    exact = _integer_activations[activation](input.detach(), weight, scale, bias).to(output.dtype)
+    with torch.no_grad():
+        exact = _integer_activations[activation](input, weight, scale, bias).to(output.dtype)
     return exact + (output - output.detach()) if output.requires_grad else exact
 
 

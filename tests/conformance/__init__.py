@@ -3,13 +3,27 @@
 A new operator gets all of it by one entry in ``cases.CASES`` and its float64 formula in ``formulas``.
 """
 
-from .cases import CASES, Case, Shape, all_cases, backends_of, case_and_backend, device_of, is_slow, require, small
+from .cases import (
+    CASES,
+    ELSEWHERE,
+    Case,
+    Shape,
+    all_cases,
+    backends_of,
+    case_and_backend,
+    device_of,
+    is_slow,
+    namespace_of,
+    require,
+    small,
+)
 from .layouts import LAYOUTS, Placed, place
 from .modes import GuardedAllocations, RecordedCalls, launch
 from .rule import Result, assert_same_bits, assert_within_budget, run
 
 __all__ = [
     "CASES",
+    "ELSEWHERE",
     "LAYOUTS",
     "Case",
     "GuardedAllocations",
@@ -25,6 +39,7 @@ __all__ = [
     "device_of",
     "is_slow",
     "launch",
+    "namespace_of",
     "place",
     "require",
     "run",

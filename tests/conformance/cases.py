@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import effattn
-from effattn import _registry
+from effattn import _library, _native, _registry
 from effattn._registry import Problem
 
 from . import formulas
@@ -61,6 +61,9 @@ class Case:
         flops: shape -> FLOPs of the forward by the operator's convention.
         bad: (why, changes of the arguments, exception, what its message must say).
         in_float32: the tensor arguments that stay float32 whatever query's dtype.
+        straight_through: those whose gradient is by definition not the derivative.
+        mixes_batch: whether an example's result depends on the rest of its batch.
+        takes_dropout: whether the function has a dropout_p.
     """
 
     op: str
@@ -74,6 +77,9 @@ class Case:
     parameters: tuple[str, ...] = field(default=(), repr=False)
     bad: tuple[tuple[str, Callable[[dict], dict], type, str], ...] = field(default=(), repr=False)
     in_float32: tuple[str, ...] = field(default=(), repr=False)
+    straight_through: tuple[str, ...] = field(default=(), repr=False)
+    mixes_batch: bool = field(default=False, repr=False)
+    takes_dropout: bool = field(default=True, repr=False)
 
     def __str__(self) -> str:
         return f"{self.op}[{self.variant}]" if self.variant else self.op
@@ -151,7 +157,7 @@ def _map(name: str, change: Callable) -> Callable[[dict], dict]:
     return lambda arguments: {**arguments, name: change(arguments[name])}
 
 
-BAD_INPUTS = (
+BAD_TENSORS = (
     ("query that is no tensor", _set(query=[1.0]), TypeError, "query must be a Tensor"),
     ("key that is no tensor", _set(key=None), TypeError, "key must be a Tensor"),
     ("three-dimensional query", _map("query", lambda t: t[0]), ValueError, "query must have shape"),
@@ -169,12 +175,16 @@ BAD_INPUTS = (
         ValueError,
         "head_dim",
     ),
+    ("unknown backend", _set(backend="tpu"), ValueError, "backend must be one of .*'tpu'"),
+)
+
+BAD_INPUTS = (
+    *BAD_TENSORS,
     ("scale that is no number", _set(scale="big"), TypeError, "scale must be a number"),
     ("scale that is NaN", _set(scale=float("nan")), ValueError, "scale must be finite"),
     ("infinite scale", _set(scale=float("inf")), ValueError, "scale must be finite"),
     ("dropout_p of one", _set(dropout_p=1.0), ValueError, "dropout_p"),
     ("negative dropout_p", _set(dropout_p=-0.1), ValueError, "dropout_p"),
-    ("unknown backend", _set(backend="tpu"), ValueError, "backend must be one of .*'tpu'"),
 )
 
 _BAD_MIXTURES = (
@@ -202,6 +212,16 @@ _BAD_WEIGHTS = (
     ("weight of other tokens", _map("weight", lambda t: t[..., 1:]), ValueError, "weight must have shape"),
     ("weight with a batch", _map("weight", lambda t: t.expand(1, 1, 1, *t.shape)), ValueError, "weight must have"),
     ("weight on another device", _map("weight", lambda t: t.to("meta")), ValueError, "weight must be on"),
+)
+
+_BAD_SHIFT_ADD = (
+    ("unknown binarisation", _set(binarize="ternary"), ValueError, "binarize must be one of .*'ternary'"),
+    ("residual_weight that is no tensor", _set(residual_weight=1.0), TypeError, "residual_weight must be a Tensor"),
+    ("integer residual_weight", _map("residual_weight", torch.Tensor.int), TypeError, "must be floating point"),
+    ("residual_weight of other heads", _map("residual_weight", lambda t: t[1:]), ValueError, "must have shape"),
+    ("even number of taps", _map("residual_weight", lambda t: t[:, :, 1:]), ValueError, "T odd"),
+    ("flat residual_weight", _map("residual_weight", lambda t: t[:, 0, :, 0]), ValueError, "must have shape"),
+    ("residual_weight elsewhere", _map("residual_weight", lambda t: t.to("meta")), ValueError, "must be on query's"),
 )
 
 # Shapes and dtypes that do not fit are torch's to refuse: such a call goes to torch unchanged.
@@ -292,6 +312,30 @@ def _additive_mask(shape: Shape, generator) -> Tensor:
     return mask.masked_fill(mask > 1.0, float("-inf"))
 
 
+def _shift_add(variant: str, binarize: str, taps: int | None) -> Case:
+    def sample(shape: Shape, generator):
+        weight = {} if taps is None else {"residual_weight": _normal(generator, shape.heads, 1, taps, 1)}
+        return {**_qkv(_square(shape), generator), **weight}
+
+    residual = () if taps is None else ("residual_weight",)
+    return Case(
+        op="shift_add_attention",
+        variant=variant,
+        function=effattn.shift_add_attention,
+        sample=sample,
+        options=lambda shape: {"binarize": binarize},
+        differentiable=("query", "key", "value", *residual),
+        parameters=residual,
+        in_float32=residual,
+        formula=formulas.shift_add_attention,
+        flops=lambda shape: 4 * shape.batch * shape.heads * shape.tokens * shape.head_dim**2,
+        bad=BAD_TENSORS + _BAD_SHIFT_ADD if residual else (),
+        straight_through=("query", "key"),
+        mixes_batch=binarize in ("published", "mean_threshold"),
+        takes_dropout=False,
+    )
+
+
 CASES: dict[str, tuple[Case, ...]] = {
     "gaussian_mixture_attention": (_mixture(""), _mixture("scaled", scale=1.3, eps=0.5)),
     "masked_product_attention": (_masked("shared", per_head=False), _masked("per_head", per_head=True)),
@@ -302,7 +346,22 @@ CASES: dict[str, tuple[Case, ...]] = {
         _sdpa("additive", mask=_additive_mask, scale=0.7),
         _sdpa("grouped", kv_heads=1, enable_gqa=True),
     ),
+    "shift_add_attention": (
+        _shift_add("", "per_head", taps=9),
+        _shift_add("published", "published", taps=3),
+        _shift_add("mean_threshold", "mean_threshold", taps=None),
+        _shift_add("sign", "sign", taps=1),
+    ),
 }
+
+ELSEWHERE = {
+    "shift_linear": "test_shift_linear.py",
+    "pack_signs": "test_packed_bits.py",
+    "add_matmul": "test_packed_bits.py",
+    "binary_matmul": "test_packed_bits.py",
+    "hamming_attention": "test_packed_bits.py",
+}
+"""Registered operators that are no attention of query, key and value: the file that holds them to the same rules."""
 
 KERNEL_BACKENDS = tuple(b for b in _registry.BACKENDS if b != "reference")
 REQUIRED = tuple(filter(None, os.environ.get("EFFATTN_REQUIRE_BACKENDS", "").split(",")))
@@ -310,14 +369,20 @@ REQUIRED = tuple(filter(None, os.environ.get("EFFATTN_REQUIRE_BACKENDS", "").spl
 
 
 def device_of(backend: str) -> str:
-    """Where a backend is tested: kernels of the GPU on one if it is there."""
-    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
-    return "cuda" if on_gpu else "cpu"
+    """Where a backend is tested: kernels of the GPU on one if it is there, else interpreted or emulated."""
+    if backend == "cuda":
+        return _native.cuda_device
+    return "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
 def is_slow(backend: str) -> bool:
-    """Triton's interpreter takes its time over every tile."""
-    return backend == "triton" and device_of(backend) == "cpu"
+    """Triton's interpreter takes its time over every tile, the CUDA emulator over every thread."""
+    return backend in ("cuda", "triton") and device_of(backend) == "cpu"
+
+
+def namespace_of(backend: str) -> str:
+    """Where torch finds the backend's ops."""
+    return _library.NAMESPACES[backend]
 
 
 def small(backend: str) -> Shape:

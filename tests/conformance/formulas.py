@@ -66,3 +66,38 @@ def scaled_dot_product_attention(
             logits = scale * (query[b, h] @ key[b, h // group].T) + added[b, h]
             output[b, h] = _softmax(logits) @ value[b, h // group]
     return output
+
+
+def _bits(x: np.ndarray, binarize: str) -> np.ndarray:
+    """b(x^) of a (B, H, N, D) array, x^ = x / |x|."""
+    norm = np.sqrt((x * x).sum(-1, keepdims=True))
+    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    if binarize == "sign":
+        return np.where(unit > 0, 1.0, -1.0)
+    if binarize == "mean_threshold":
+        return (unit > unit.mean()).astype(x.dtype) if x.size else unit
+    positive = (unit > 0).astype(x.dtype)
+    if binarize == "published":
+        return positive * np.abs(unit).mean() if x.size else unit
+    for b in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            positive[b, h] *= np.abs(unit[b, h]).mean() if unit[b, h].size else 0.0
+    return positive
+
+
+def shift_add_attention(query, key, value, binarize, residual_weight=None) -> np.ndarray:
+    query, key = _bits(query, binarize), _bits(key, binarize)
+    batch, heads, tokens, _ = value.shape
+    output = np.zeros_like(value)
+    for b in range(batch):
+        for h in range(heads):
+            v = value[b, h]
+            for n in range(tokens):
+                u = 0.5 * v[n] + (query[b, h, n] @ key[b, h].T) @ v / np.pi  # quadratic order, on purpose
+                length = np.sqrt((u * u).sum())
+                output[b, h, n] = u / length if length > 0 else 0.0
+                taps = 0 if residual_weight is None else residual_weight.shape[2]
+                for t in range(taps):
+                    if 0 <= n + t - taps // 2 < tokens:
+                        output[b, h, n] += residual_weight[h, 0, t, 0] * v[n + t - taps // 2]
+    return output
