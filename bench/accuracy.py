@@ -135,6 +135,79 @@ def _attention(batch, heads, tokens, head_dim, kind="", kv_heads=None, small=Fal
     return Problem("scaled_dot_product_attention", shape, make, call, reference, small)
 
 
+def _shift_add(batch, heads, tokens, head_dim, binarize, small=False) -> Problem:
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        return {**tensors, "residual_weight": torch.randn(heads, 1, 9, 1, generator=generator) / 3}
+
+    def call(t, backend):
+        return effattn.shift_add_attention(**t, binarize=binarize, backend=backend)
+
+    def reference(t):
+        return effattn.reference.shift_add_attention(**t, binarize_mode=binarize)
+
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}, {binarize}"
+    return Problem("shift_add_attention", shape, make, call, reference, small)
+
+
+def _shift_linear(rows, columns, outputs, bits, small=False) -> Problem:
+    """Codes over the whole range of exponents, the same in every dtype."""
+    generator = torch.Generator().manual_seed(4)
+    exponents = -torch.randint(0, 2 ** (bits - 1) - 1, (outputs, columns), generator=generator)
+    weight = torch.randn(outputs, columns, generator=generator) * 2.0**exponents
+    packed = effattn.quantize_power_of_two(weight, bits=bits)
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, columns, generator=generator).to(dtype)
+        return {"input": x, "bias": torch.randn(outputs, generator=generator)}
+
+    def call(t, backend):
+        return effattn.shift_linear(t["input"], packed.to(t["input"].device), t["bias"], backend=backend)
+
+    def reference(t):
+        return effattn.reference.shift_linear(t["input"], packed.codes, None, t["bias"], bits)
+
+    shape = f"{rows}x{columns} -> {outputs}, {bits} bits"
+    return Problem("shift_linear", shape, make, call, reference, small)
+
+
+def _bit_product(rows, columns, outputs, values) -> Problem:
+    generator = torch.Generator().manual_seed(4)
+    packed = effattn.pack_signs(torch.randn(rows, columns, generator=generator), backend="reference")
+
+    def make(dtype, seed):
+        return {"dense": torch.randn(columns, outputs, generator=torch.Generator().manual_seed(seed)).to(dtype)}
+
+    def call(t, backend):
+        return effattn.add_matmul(packed.to(t["dense"].device), t["dense"], values=values, backend=backend)
+
+    def reference(t):
+        return effattn.reference.add_matmul(packed, t["dense"], values)
+
+    return Problem("add_matmul", f"{rows}x{columns} -> {outputs}, {values}", make, call, reference)
+
+
+def _hamming(batch, heads, tokens, head_dim) -> Problem:
+    generator = torch.Generator().manual_seed(4)
+    signs = torch.randn(2, batch, heads, tokens, head_dim, generator=generator)
+    bits = effattn.pack_signs(signs, backend="reference")
+
+    def make(dtype, seed):
+        drawn = torch.randn(batch, heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
+        return {"value": drawn.to(dtype)}
+
+    def call(t, backend):
+        query, key = bits.to(t["value"].device)
+        return effattn.hamming_attention(query, key, t["value"], head_dim, backend=backend)
+
+    def reference(t):
+        return effattn.reference.hamming_attention(*bits, t["value"], head_dim)
+
+    return Problem("hamming_attention", f"{batch}x{heads}x{tokens}x{head_dim}", make, call, reference)
+
+
 PROBLEMS = (
     _mixture(1, 2, (5, 3), 1, 8, gaussians=3, small=True),
     _mixture(2, 3, (8, 8), 0, 16),
@@ -150,6 +223,21 @@ PROBLEMS = (
     _attention(2, 3, 197, 64, "additive mask"),
     _attention(2, 3, 197, 64, "boolean mask"),
     _attention(2, 4, 197, 64, "causal", kv_heads=2),
+    _shift_add(1, 2, 15, 8, "per_head", small=True),
+    _shift_add(2, 3, 196, 64, "published"),
+    _shift_add(2, 3, 196, 64, "mean_threshold"),
+    _shift_add(2, 3, 196, 64, "per_head"),
+    _shift_add(2, 3, 196, 64, "sign"),
+    _shift_add(1, 1, 3136, 64, "published"),
+    _shift_add(1, 2, 300, 100, "per_head"),
+    _shift_linear(3, 40, 24, 4, small=True),
+    _shift_linear(1, 1024, 1024, 4),
+    _shift_linear(16, 1024, 1024, 5),
+    _shift_linear(784, 128, 1024, 4),
+    _shift_linear(784, 1024, 128, 5),
+    _bit_product(300, 196, 64, "binary"),
+    _bit_product(300, 196, 64, "sign"),
+    _hamming(2, 3, 196, 64),
 )
 
 
@@ -166,7 +254,7 @@ def measure(
         backend: which one to measure. "triton" without a GPU runs in the interpreter (``TRITON_INTERPRET=1``), on the
             small problems only.
         operators: names of public functions; all by default.
-        dtypes: of query, key and value. Parameters stay float32.
+        dtypes: of the activations. Parameters stay float32.
         problems: what to measure; :data:`PROBLEMS` by default.
 
     Raises:
@@ -195,12 +283,10 @@ def _measure(problem: Problem, backend: str, dtype: torch.dtype, device: str) ->
 
 def _draw(problem: Problem, backend: str, dtype: torch.dtype, device: str, seed: int) -> list[Entry]:
     tensors = problem.make(dtype, seed)
-    generator = torch.Generator().manual_seed(seed + 1000)
-    grad_output = torch.randn(tensors["query"].shape, generator=generator).to(dtype)
-    exact = _results(problem.reference, {n: t.double() for n, t in tensors.items()}, grad_output.double())
-    low = _results(problem.reference, tensors, grad_output)
+    exact = _results(problem.reference, {n: t.double() for n, t in tensors.items()}, dtype, seed)
+    low = _results(problem.reference, tensors, dtype, seed)
     on_device = {n: t.to(device) for n, t in tensors.items()}
-    ours = _results(lambda t: problem.call(t, backend), on_device, grad_output.to(device))
+    ours = _results(lambda t: problem.call(t, backend), on_device, dtype, seed)
     entries = []
     for name, expected in exact.items():
         errors = _distance(ours[name], expected), _distance(low[name], expected)
@@ -213,9 +299,11 @@ def _larger(a: float, b: float) -> float:
     return a if a > b or math.isnan(a) else b
 
 
-def _results(function, tensors: dict[str, Tensor], grad_output: Tensor) -> dict[str, Tensor]:
+def _results(function, tensors: dict[str, Tensor], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Output and gradients for one random gradient of the output, whose values are those of ``dtype``."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     output = function(leaves)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype).to(output)
     gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
     return {"output": output.detach(), **{f"grad_{name}": g for name, g in zip(leaves, gradients)}}
 
@@ -238,7 +326,7 @@ def markdown(entries: list[Entry]) -> str:
         "the one that uses most is shown.",
         "",
         f"Measured on {datetime.date.today()} with torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), "
-        f"backends: {', '.join(backends)}. Shapes are B x H x N x D.",
+        f"backends: {', '.join(backends)}. Shapes are B x H x N x D, of linear layers and products M x K -> N.",
     ]
     for backend in backends:
         lines += [

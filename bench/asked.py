@@ -16,6 +16,7 @@ import torch
 
 from . import memory
 from .bench_attention import ADDITIVE, ADDITIVE_3D
+from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
 from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
 from .overhead import STOCK
 
@@ -82,6 +83,7 @@ def figures(report, *, build: bool) -> list[Figure]:
             for mask in (ADDITIVE_3D, ADDITIVE):
                 ratio = speedup(mask, shape, dtype, FORWARD, "torch sdpa")
                 found.append(Figure(f"{mask} forward {name}, N={shape[2]}: faster than torch's by", 4.0, ratio, False))
+    found += _shift_add_figures(report)
     found += _memory_figures(threads)
     extra = None
     if report.overhead_us:
@@ -91,6 +93,43 @@ def figures(report, *, build: bool) -> list[Figure]:
     found.append(Figure("import of effattn after torch", 50.0, report.import_ms, True, "ms"))
     found.append(Figure("full C++ build", 90.0, _build_seconds() if build else None, True, "s"))
     return found
+
+
+def _shift_add_figures(report) -> list[Figure]:
+    """Float32 unless they say otherwise."""
+    rows = {
+        (r.case.operator, r.case.name, r.direction): r
+        for r in report.rows
+        if r.family == "shift_add" and r.dtype == torch.float32
+    }
+
+    def times(case, direction, peer, ours=OURS) -> float | None:
+        """How many times ours the peer takes."""
+        row = rows.get((case.operator, case.name, direction))
+        found = [row.results.get(name) if row else None for name in (peer, ours)]
+        return found[0].ms / found[1].ms if all(result and result.ms for result in found) else None
+
+    figures = []
+    for case in (case for case in families()["shift_add"].cases if case.asked):
+        if case.operator == "attention":
+            for direction, passes, bound in ((FORWARD, "forward", 5.0), (BACKWARD, "forward+backward", 2.5)):
+                ratio = times(case, direction, "eager")
+                what = f"shift-add attention {passes} {case.name}: faster than eager by"
+                figures.append(Figure(what, bound, ratio, False))
+        elif case.operator == "binary_matmul":
+            ratio = times(case, FORWARD, MATMUL)
+            figures.append(Figure(f"binary q k^T {case.name}: faster than matmul by", 5.0, ratio, False))
+        elif case.tokens == 1:
+            for peer, bound in ((LINEAR, 6.0), (LINEAR_BF16, 4.0)):
+                ratio = times(case, FORWARD, peer)
+                figures.append(Figure(f"shift linear {case.name}: faster than {peer} by", bound, ratio, False))
+        else:
+            ratio = times(case, FORWARD, LINEAR, INT8)
+            figures.append(Figure(f"shift linear int8 {case.name}: faster than F.linear by", 2.0, ratio, False))
+            slower = times(case, FORWARD, LINEAR)
+            what = f"shift linear float {case.name}: time over F.linear"
+            figures.append(Figure(what, 1.1, 1 / slower if slower else None, True))
+    return figures
 
 
 def _memory_figures(threads: int) -> list[Figure]:

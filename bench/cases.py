@@ -83,6 +83,7 @@ class Case:
     grid: tuple[int, int] = ()
     num_prefix_tokens: int = 0
     photograph: bool = False
+    outputs: int = 0  # last dimension of the result, where it is not head_dim
     asked: bool = False
     quick: bool = False
     trained: bool = False
@@ -90,6 +91,10 @@ class Case:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.heads, self.tokens, self.head_dim
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return *self.shape[:3], self.outputs or self.head_dim
 
     @property
     def name(self) -> str:
@@ -110,6 +115,8 @@ class Operator(NamedTuple):
     reference: Callable[[Case, Inputs, int], Tensor]  # one head of the specification, (B, 1, N, D), in any dtype
     contenders: tuple[Contender, ...]
     density: Callable[[Case], float] = lambda case: 1.0  # share of the score matrix that has to be computed
+    flops: Callable[[Case], float] | None = None  # of the forward, where it is not two products of scores' size
+    bytes: Callable[[Case, Inputs], float] | None = None  # least traffic of the forward, where it is not all tensors
 
     def expected(self, case: Case, inputs: Inputs) -> tuple[list[int], Tensor]:
         """Heads to compare and what they should be, in float64; of long inputs the first and the last head."""
@@ -136,12 +143,15 @@ def families() -> dict[str, Family]:
 
 def flops(family: Family, case: Case, direction: str) -> float:
     """Two matrix products forward; five more backward, for scores are recomputed. A multiply-add is two."""
-    forward = 4.0 * case.batch * case.heads * case.tokens**2 * case.head_dim
-    forward *= family.operators[case.operator].density(case)
+    operator = family.operators[case.operator]
+    if operator.flops is not None:
+        forward = operator.flops(case)
+    else:
+        forward = 4.0 * case.batch * case.heads * case.tokens**2 * case.head_dim * operator.density(case)
     return forward if direction == FORWARD else 3.5 * forward
 
 
-def bytes_moved(inputs: Inputs, direction: str) -> float:
+def bytes_moved(family: Family, case: Case, inputs: Inputs, direction: str) -> float:
     """Least traffic: each input read once and each result written once; a training step also re-reads what it saved."""
 
     def size(tensors) -> int:
@@ -149,6 +159,7 @@ def bytes_moved(inputs: Inputs, direction: str) -> float:
 
     tensors, parameters, fixed = size(inputs[:3]), size(inputs.parameters.values()), size(inputs.fixed.values())
     output = inputs.query.numel() * inputs.query.element_size()
-    forward = tensors + parameters + fixed + output
+    special = family.operators[case.operator].bytes
+    forward = tensors + parameters + fixed + output if special is None else special(case, inputs)
     # Backward reads inputs, output and its gradient, and writes the gradients of the inputs.
     return forward if direction == FORWARD else 2 * forward + output + tensors + parameters

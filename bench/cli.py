@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from . import asked, ceilings, overhead, photographs, report
-from .cases import BACKWARD, FORWARD, Case, Contender, Family, families
+from .cases import BACKWARD, FORWARD, Case, Contender, Family, families, flops
 from .load import ForeignLoad
 from .progress import Progress
 from .runner import FULL, QUICK, run_row, warm_up
@@ -115,9 +115,9 @@ def _skip_compiling(contender: Contender) -> str:
     return "--quick was behind its time; compiling was left out" if contender.compiles else ""
 
 
-def _weight(case: Case) -> float:
+def _weight(family: Family, case: Case) -> float:
     """Roughly the seconds that a row of the quick set takes."""
-    return 7 + 25 * (case.tokens / 4096) ** 2 * case.batch
+    return 7 + 25 * flops(family, case, FORWARD) / 34e9
 
 
 def _measure(plan, options) -> report.Report:
@@ -132,7 +132,7 @@ def _measure(plan, options) -> report.Report:
             overheads, import_ms = overhead.call_overhead(), overhead.import_time(3 if options.quick else 7)
         warm_up(options.device)
         with Progress(len(plan)) as progress:
-            weights = [_weight(case) for _, case, _, _ in plan]
+            weights = [_weight(family, case) for family, case, _, _ in plan]
             for done, (family, case, dtype, direction) in enumerate(plan):
                 progress.row(f"{case.operator} {case.name} {report.SHORT[dtype]} {direction}")
                 planned = QUICK_START + QUICK_ROWS * sum(weights[:done]) / sum(weights)

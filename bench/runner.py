@@ -77,7 +77,7 @@ def prepare(contender: Contender, case: Case, inputs: Inputs, direction: str) ->
         return forward
     leaves = [*inputs[:3], *inputs.parameters.values()]
     generator = torch.Generator().manual_seed(2)
-    grad_output = torch.randn(case.shape, generator=generator).to(inputs.query)
+    grad_output = torch.randn(case.output_shape, generator=generator).to(inputs.query)
 
     def forward_and_backward():
         output = call()
@@ -155,7 +155,7 @@ def run_row(
     for name, samples in _interleave(calls, effort, device, progress).items():
         median, low, high = (_quantile(samples, p) * 1e3 for p in (0.5, 0.25, 0.75))
         results[name] = results[name]._replace(ms=median, quartiles=(low, high), samples=len(samples))
-    work = flops(family, case, direction), bytes_moved(inputs, direction)
+    work = flops(family, case, direction), bytes_moved(family, case, inputs, direction)
     return Row(family.name, case, dtype, direction, *work, results)
 
 

@@ -22,7 +22,10 @@ def small(case):
     """The same case on a few tokens."""
     grid = (3, 4) if case.grid else ()
     tokens = case.num_prefix_tokens + 12
-    return dataclasses.replace(case, batch=2, heads=3, head_dim=8, grid=grid, tokens=tokens)
+    one_layer = case.operator == "linear"
+    outputs = tokens if case.outputs and not one_layer else 10 if one_layer else 0
+    batch, heads = (1, 1) if one_layer else (2, 3)
+    return dataclasses.replace(case, batch=batch, heads=heads, head_dim=8, grid=grid, tokens=tokens, outputs=outputs)
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)
@@ -32,9 +35,9 @@ def test_every_contender_computes_the_case(family, case, direction):
     operator = family.operators[case.operator]
     inputs = operator.inputs(case, torch.float32, "cpu").leaves(gradients=direction == BACKWARD)
     heads, expected = operator.expected(case, inputs)
-    assert heads == [0, 1, 2]
+    assert heads == list(range(case.heads))
     for contender in operator.contenders:
-        if contender.exact and not contender.compiles:
+        if contender.exact and not contender.compiles and (contender.trains or direction == FORWARD):
             output = runner.prepare(contender, case, inputs, direction)()
             torch.testing.assert_close(output.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
