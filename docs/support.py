@@ -1,7 +1,7 @@
 """Writes docs/support.md from the registry: python docs/support.py [--check]
 
 The table holds what the predicates of effattn._registry answer, word for word. They are asked as on a machine that has
-everything (compiled library, triton), so the page is the same wherever it is made; --check exits 1 if the committed
+everything (compiled libraries, triton), so the page is the same wherever it is made; --check exits 1 if the committed
 page differs.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import os
 import sys
@@ -38,7 +39,7 @@ text is in the error of an explicit `backend=`, in the log and in `explain()`.
 All backends take any strides (the kernels do not copy query, key or value to make them contiguous), any batch size and any number
 of tokens; the number of tokens need not be a multiple of anything. Device `cuda` means a GPU, NVIDIA or AMD, as torch names it. With
 `TRITON_INTERPRET=1` the `triton` backend serves CPU tensors in Triton's interpreter, for tests. The
-[limits](../README.md#limits) say how the Triton kernels have been checked so far.
+[limits](../README.md#limits) say how the GPU kernels have been checked so far.
 """
 
 
@@ -46,7 +47,8 @@ of tokens; the number of tokens need not be a multiple of anything. Device `cuda
 def everything_installed():
     """Ask the predicates as on a machine that lacks nothing."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_native, "loaded", True))
+        stack.enter_context(mock.patch.multiple(_native, loaded=True, cuda_loaded=True, cuda_device="cuda"))
+        stack.enter_context(mock.patch.object(_registry, "_gpu_generation", return_value=_registry.OLDEST_GPU))
         stack.enter_context(mock.patch.object(_registry, "has_triton", return_value=True))
         stack.enter_context(mock.patch.dict(os.environ))
         for name in ("TRITON_INTERPRET", "EFFATTN_BACKEND"):
@@ -75,6 +77,7 @@ def largest_head_dim(backend: _registry.Backend, device: str) -> str:
 
 def operator_section(op: str) -> list[str]:
     lines = [f"\n## {op}\n"]
+    takes = inspect.signature(getattr(effattn, op)).parameters
     heads = ["backend", "device", *map(name_of, DTYPES), "head_dim", "dropout"]
     lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     backends = _registry._table[op]
@@ -83,8 +86,12 @@ def operator_section(op: str) -> list[str]:
             if not backend.predicate(Problem(device, torch.float32, 64))[0]:
                 continue
             cells = ["yes" if backend.predicate(Problem(device, dtype, 64))[0] else "no" for dtype in DTYPES]
-            dropout = "yes" if backend.predicate(Problem(device, torch.float32, 64, 0.1))[0] else "no"
-            row = [f"`{backend.name}`", device, *cells, largest_head_dim(backend, device), dropout]
+            dropout, head_dim = "-", "any size"
+            if "dropout_p" in takes:
+                dropout = "yes" if backend.predicate(Problem(device, torch.float32, 64, 0.1))[0] else "no"
+            if "query" in takes or "head_dim" in takes:
+                head_dim = largest_head_dim(backend, device)
+            row = [f"`{backend.name}`", device, *cells, head_dim, dropout]
             lines.append("| " + " | ".join(row) + " |")
     order = ", ".join(f"`{b.name}`" for b in backends)
     lines.append(f"\n`auto` tries {order}, in this order, and takes the first that can serve the call.")
@@ -99,8 +106,8 @@ def operator_section(op: str) -> list[str]:
 def refusals_section() -> list[str]:
     """Each kernel backend's answer to what it cannot serve."""
     lines = ["\n## Why a backend turns a call down\n", "| call | backend | its answer |", "| --- | --- | --- |"]
-    predicates = {"cpu": _registry.cpu_kernel, "triton": _registry.triton_kernel}
-    native = {"cpu": "cpu", "triton": "cuda"}
+    predicates = {"cpu": _registry.cpu_kernel, "cuda": _registry.cuda_kernel, "triton": _registry.triton_kernel}
+    native = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
     for name, predicate in predicates.items():
         device = native[name]
         elsewhere = "cuda" if device == "cpu" else "cpu"
@@ -112,10 +119,17 @@ def refusals_section() -> list[str]:
             ("dropout_p 0.1", Problem(device, torch.float32, 64, 0.1)),
         ]
         lines += [f"| {call} | `{name}` | {_refusal(predicate, problem)} |" for call, problem in calls]
-    with mock.patch.multiple(_native, loaded=False, problem="", CPU_LIBRARY=Path("absent")):
+    with mock.patch.multiple(_native, loaded=False, problem="", CPU_LIBRARY=Path("absent/_cpu.so")):
         _native._load()
         answer = _refusal(_registry.cpu_kernel, Problem("cpu", torch.float32, 64))
     lines.append(f"| no compiled library | `cpu` | {answer} |")
+    with mock.patch.multiple(_native, cuda_loaded=False, cuda_problem="", CUDA_LIBRARY=Path("absent/_cuda.so")):
+        _native.cuda_problem = _native._load_library(_native.CUDA_LIBRARY)
+        answer = _refusal(_registry.cuda_kernel, Problem("cuda", torch.float32, 64))
+    lines.append(f"| no compiled CUDA library | `cuda` | {answer} |")
+    with mock.patch.object(_registry, "_gpu_generation", return_value=_registry.OLDEST_GPU - 1):
+        answer = _refusal(_registry.cuda_kernel, Problem("cuda", torch.float32, 64))
+    lines.append(f"| an older GPU | `cuda` | {answer} |")
     with mock.patch.object(_registry, "has_triton", return_value=False):
         answer = _refusal(_registry.triton_kernel, Problem("cuda", torch.float32, 64))
     lines.append(f"| no triton | `triton` | {answer} |")

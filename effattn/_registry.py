@@ -231,13 +231,17 @@ def cpu_kernel(problem: Problem) -> tuple[bool, str]:
     return _kernel_limits(problem)
 
 
+def _gpu_generation() -> int:
+    return torch.cuda.get_device_properties(0).major
+
+
 def cuda_kernel(problem: Problem) -> tuple[bool, str]:
     """CUDA C++ kernels of ``effattn/_cuda.so``."""
     if problem.device != _native.cuda_device:
         return False, f"tensors are on {problem.device}"
     if not _native.cuda_loaded:
         return False, f"{_native.cuda_problem} (python -m effattn doctor)"
-    if problem.device == "cuda" and torch.cuda.get_device_properties(0).major < OLDEST_GPU:
+    if problem.device == "cuda" and _gpu_generation() < OLDEST_GPU:
         return False, f"the GPU's compute capability is below {OLDEST_GPU}.0"
     return _kernel_limits(problem)
 
