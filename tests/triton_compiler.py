@@ -2,7 +2,7 @@
 
     python triton_compiler.py CASES.json RESULTS.json
 
-A case names an operation, an architecture, a dtype and a head_dim. The launcher runs on meta tensors with `launch` replaced by a recorder; each
+A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows). The launcher runs on meta tensors with `launch` replaced by a recorder; each
 recorded launch is specialised as Triton's own launcher would do it and compiled for the case's target.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, gaussian_mixture
+from effattn.triton_kernels import attention, configurations, gaussian_mixture, shift_add
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,12 +36,40 @@ OPERATIONS = (
     "attention_causal",
     "attention_boolean",
     "attention_additive",
+    "shift_linear",
+    "shift_linear_5bit",
+    "shift_linear_int8",
+    "shift_linear_fixed",
+    "shift_linear_odd",
+    "shift_add_published",
+    "shift_add_mean_threshold",
+    "shift_add_per_head",
+    "shift_add_sign",
 )
+MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def make(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _run_linear(operation, dtype, rows):
+    """shift_linear's launchers on meta tensors of so many rows, 1024 -> 4096 features (odd: 1021 -> 4093)."""
+    kind = operation.rpartition("_")[2]
+    bits, activation = 5 if kind == "5bit" else 4, {"int8": 1, "fixed": 2}.get(kind, 0)
+    features, outputs = (1021, 4093) if kind == "odd" else (1024, 4096)
+    codes = make(outputs, -(-features // (1 if bits == 5 else 2)), dtype=torch.uint8)
+    bias = make(outputs, dtype=torch.float32)
+    scale = None if kind == "fixed" else bias
+    shift_add.shift_linear_fwd(make(rows, features, dtype=dtype), codes, scale, bias, bits, activation)
+    shift_add.shift_linear_bwd(make(rows, outputs, dtype=dtype), codes, scale, features, bits)
 
 
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
+    if operation.startswith("shift_linear"):
+        return _run_linear(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -51,7 +79,12 @@ def _run(operation, dtype, head_dim):
     query, key, value, grad_output, output = (make(batch, heads, tokens, head_dim) for _ in range(5))
     logsumexp = make(batch, heads, tokens, dtype=torch.float32)
     scale = head_dim**-0.5
-    if operation == "gaussian_mixture":
+    if operation.startswith("shift_add"):
+        mode = ("published", "mean_threshold", "per_head", "sign").index(operation.removeprefix("shift_add_"))
+        weight = make(heads, 9, dtype=torch.float32)
+        _, *saved = shift_add.shift_add_attention_fwd(query, key, value, weight, mode)
+        shift_add.shift_add_attention_bwd(grad_output, query, key, value, weight, *saved, mode)
+    elif operation == "gaussian_mixture":
         alpha, sigma = make(5, heads, dtype=torch.float32), make(5, heads, dtype=torch.float32)
         gaussian_mixture.gaussian_mixture_fwd(query, key, value, alpha, sigma, grid, grid, prefix, 1e-5, scale)
         gaussian_mixture.gaussian_mixture_bwd(
@@ -76,7 +109,7 @@ def record(operation, family, dtype, head_dim):
     """[(kernel, arguments by name, configuration)] that the launchers of `operation` would start on a chip of `family`."""
     launches = []
 
-    def recorder(kernel, programs, device, config, *arguments, **constants):
+    def recorder(kernel, programs, device, config, *arguments, fuse=True, **constants):
         bound = dict(zip((p.name for p in kernel.params), arguments)) | constants
         launches.append((kernel, bound, config))
 
@@ -104,7 +137,9 @@ def _specialise(path, argument, generic, constants, attributes):
                 torch.bfloat16: "bf16",
                 torch.float16: "fp16",
                 torch.int32: "i32",
+                torch.float64: "fp64",
                 torch.uint8: "u8",
+                torch.int8: "i8",
             }[argument.dtype]
         )
     if isinstance(argument, float):
@@ -159,7 +194,7 @@ def inspect(compiled, family):
         "local": number["LOCAL"],
         "shared": max(number["SHARED"], compiled.metadata.shared),
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
-        "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "FFMA")},
+        "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in MATRIX},
     }
 
 
@@ -175,9 +210,10 @@ def work(case):
     results = []
     seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):
-        if (wanted and kernel.__name__ not in wanted) or kernel.__name__ in seen:
+        stage = bound.get("STAGE")
+        if (wanted and kernel.__name__ not in wanted) or (kernel.__name__, stage) in seen:
             continue
-        seen.add(kernel.__name__)
+        seen.add((kernel.__name__, stage))
         start = time.perf_counter()
         try:
             found = inspect(compile_launch(kernel, bound, config, family), family)

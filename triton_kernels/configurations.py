@@ -172,12 +172,12 @@ def precision(query):
     return "ieee"
 
 
-def launch(kernel, programs, device, config, *arguments, **constants):
-    """Run a kernel on a one-dimensional grid, on the current stream of the tensors' device."""
+def launch(kernel, programs, device, config, *arguments, fuse=True, **constants):
+    """Run a kernel on a one-dimensional grid, on the current stream of the tensors' device; `fuse` lets a * b + c round once."""
     if programs == 0:
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[(programs,)](
-            *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
+            *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=fuse
         )

@@ -130,7 +130,7 @@ def narrow(x, dtype: tl.constexpr):
     """Round fp32 to nearest even in dtype."""
     if INTERPRETED and dtype == tl.bfloat16:  # where triton's interpreter would truncate
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
+        x = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

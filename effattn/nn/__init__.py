@@ -1,5 +1,16 @@
 """Modules with the published parameter names, shapes and initialisation."""
 
 from .gaussian_mixture import GaussianMixtureAttention
+from .mixture_of_primitives import MixtureOfPrimitives, balance_loss, measure_expert_latency
+from .shift_add import ShiftAddAttention
+from .shift_linear import FrozenShiftLinear, ShiftLinear
 
-__all__ = ["GaussianMixtureAttention"]
+__all__ = [
+    "FrozenShiftLinear",
+    "GaussianMixtureAttention",
+    "MixtureOfPrimitives",
+    "ShiftAddAttention",
+    "ShiftLinear",
+    "balance_loss",
+    "measure_expert_latency",
+]
