@@ -7,7 +7,7 @@
 
 namespace effattn {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool, kUInt8, kInt32, kUInt32 };
 
 // Sizes and strides count elements. Any stride may be 0.
 struct Tensor {

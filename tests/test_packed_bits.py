@@ -25,7 +25,7 @@ def everywhere(op: str, reference: bool = True):
 
 def op_of(name: str):
     module = sys.modules["effattn.ops.packed_bits"]
-    return getattr(module, name, None) or getattr(module, f"{name}_op")
+    return getattr(module, f"{name}_op", None) or getattr(module, name)
 
 
 def random_bits(*shape: int, seed: int = 0, garbage: bool = True) -> tuple[torch.Tensor, np.ndarray]:

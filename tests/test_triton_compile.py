@@ -2,9 +2,10 @@
 chip's memories, on its matrix units.
 
 The compiler runs in a subprocess: under TRITON_INTERPRET, which the other tests set, nothing compiles. By default every 16-bit
-configuration is compiled for every CUDA chip at the largest head_dim that takes it (lean ones with the Gaussian mixture, the
-others with the masked product), every fp32 one for one chip, and a sample of the rest. `EFFATTN_COMPILE=all` compiles every
-operation for every chip, at head_dims that fill their block and that do not: about an hour on two cores.
+configuration of the tile engine is compiled for every CUDA chip at the largest head_dim that takes it (lean ones with the
+Gaussian mixture, the others with the masked product), every fp32 one for one chip, and a sample of the rest.
+`EFFATTN_COMPILE=all` compiles every operation for every chip, at head_dims that fill their block and that do not: about an
+hour on two cores.
 """
 
 import json
@@ -17,12 +18,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton_compiler
 from effattn.triton_kernels import configurations
 
 SCRIPT = Path(__file__).with_name("triton_compiler.py")
 CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 and needs less of everything
 ENGINE = configurations.KERNELS
+PRODUCTS = (*ENGINE, "linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
+ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
 
@@ -35,6 +39,13 @@ def cases():
             for family in configurations.FAMILIES
             for dtype in ("bfloat16", "float32")
             for head_dim in (16, 48, 64, 80, 128, 160, 256)
+        ] + [
+            (operation, family, dtype, size, None)
+            for operation in triton_compiler.OPERATIONS
+            if operation.startswith("shift")
+            for family in configurations.FAMILIES
+            for dtype in ("bfloat16", "float32")
+            for size in (ROWS if "linear" in operation else (16, 17, 64, 100, 128, 160, 256))
         ]
     chosen = [
         (operation, family, "bfloat16", head_dim, ENGINE)
@@ -53,6 +64,24 @@ def cases():
         ("attention_boolean", "sm_90", "bfloat16", 64, ("forward",)),
         ("attention_additive", "sm_80", "float16", 64, ("forward",)),
         ("attention", "sm_120", "bfloat16", 64, ("key_value_gradient",)),
+    ]
+    linear = ("linear_forward", "linear_backward")
+    chosen += [("shift_linear", family, "bfloat16", 25088, linear) for family in CUDA]
+    chosen += [("shift_linear", "sm_90", "bfloat16", rows, ("linear_forward",)) for rows in (16, 512)]
+    chosen += [("shift_linear_int8", family, "bfloat16", 25088, ("linear_forward",)) for family in CUDA[:3]]
+    chosen += [
+        ("shift_linear", "sm_90", "bfloat16", 64, ("linear_backward",)),
+        ("shift_linear", "sm_80", "float32", 25088, ("linear_forward",)),
+        ("shift_linear_odd", "sm_90", "float16", 25088, ("linear_forward",)),
+        ("shift_linear_5bit", "sm_120", "bfloat16", 64, ("linear_forward",)),
+        ("shift_linear_int8", "sm_90", "bfloat16", 64, ("quantise_rows",)),
+        ("shift_linear_fixed", "sm_80", "bfloat16", 64, ("fixed_forward",)),
+        ("shift_add_mean_threshold", "sm_90", "bfloat16", 64, None),
+        ("shift_add_published", "sm_80", "bfloat16", 256, ("mix", "query_key_gradient")),
+        ("shift_add_published", "sm_90", "bfloat16", 128, ("query_key_gradient",)),
+        ("shift_add_published", "sm_100", "bfloat16", 256, ("query_key_gradient",)),
+        ("shift_add_sign", "sm_120", "float16", 128, ("context", "query_key_gradient")),
+        ("shift_add_per_head", "sm_80", "float32", 256, ("query_key_gradient",)),
     ]
     return chosen
 
@@ -77,11 +106,13 @@ def problems(result):
         wrong.append(f"{result['shared']} bytes of shared memory, {family} has {configurations.SHARED_MEMORY[family]}")
     if result.get("tensor_memory", 0) > 512:
         wrong.append(f"{result['tensor_memory']} columns of tensor memory, the chip has 512")
-    if result["kernel"] in ENGINE and not any(result["matrix"].values()):
+    if result["kernel"] in PRODUCTS and not any(result["matrix"].values()):
         wrong.append("no arithmetic: the compiler gave the kernel up")
-    if result["kernel"] in ENGINE and result["dtype"] in ("bfloat16", "float16") and family in CUDA:
-        rows = result["config"][1 if result["kernel"] == "key_value_gradient" else 0]
+    if result["kernel"] in PRODUCTS and result["dtype"] in ("bfloat16", "float16") and family in CUDA:
+        rows = result["config"][1 if result["kernel"] in ("key_value_gradient", "linear_forward") else 0]
         wanted = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(family, "HMMA") if rows >= 64 else "HMMA"
+        if result["operation"].endswith("int8") and result["kernel"] == "linear_forward":
+            wanted = wanted.replace("H", "I", 1) if family != "sm_100" else "UTCIMMA"
         if not result["matrix"][wanted]:
             wrong.append(f"no {wanted} instruction: {result['matrix']}")
     return wrong
@@ -119,6 +150,15 @@ def test_every_single_precision_configuration_was_compiled(results):
         if width == "single" and family in CUDA
     }
     assert tuned <= compiled
+
+
+def test_hopper_multiplies_shift_add_tiles_with_warpgroups(results):
+    kernels = set()
+    for result in results:
+        if result["family"] == "sm_90" and result["operation"].startswith("shift") and result["kernel"] in PRODUCTS:
+            kernels.add(result["kernel"])
+            assert result["matrix"]["HGMMA"] or result["matrix"]["IGMMA"], describe(result)
+    assert kernels == set(PRODUCTS) - set(ENGINE)
 
 
 def test_hopper_multiplies_tiles_with_warpgroups_up_to_head_dim_128(results):

@@ -6,7 +6,7 @@ namespace {
 // (Hw, N, N) as (1, H, N, N), shared weights with a head stride of 0.
 MaskedProduct product_of(const TorchTensor& weight, int64_t heads, int64_t tokens) {
   Tensor w = view(weight, "weight");
-  STD_TORCH_CHECK(weight.dim() == 3 && w.dtype != DType::kBool, "weight must be a floating (1 or H, N, N) tensor");
+  STD_TORCH_CHECK(weight.dim() == 3 && is_floating(w.dtype), "weight must be a floating (1 or H, N, N) tensor");
   STD_TORCH_CHECK(
       w.size[1] == 1 || w.size[1] == heads, "weight has ", w.size[1], " heads where 1 or ", heads, " are needed");
   check_sizes(w, {1, w.size[1], tokens, tokens}, "weight");

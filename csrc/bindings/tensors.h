@@ -2,6 +2,7 @@
 // the Python front.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -29,16 +31,26 @@ inline DType dtype_of(const TorchTensor& tensor, const char* name) {
       return DType::kFloat16;
     case ScalarType::Bool:
       return DType::kBool;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::UInt32:
+      return DType::kUInt32;
     default:
       STD_TORCH_CHECK(false, name, " has an element type that the CPU kernels do not know");
   }
   return DType::kFloat32;
 }
 
+inline bool is_floating(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+}
+
 // A view of up to four dimensions; missing leading ones have size 1 and stride 0.
 inline Tensor view(const TorchTensor& tensor, const char* name) {
   const int64_t dims = tensor.dim();
-  STD_TORCH_CHECK(dims >= 2 && dims <= 4, name, " must have 2 to 4 dimensions, got ", dims);
+  STD_TORCH_CHECK(dims >= 1 && dims <= 4, name, " must have 1 to 4 dimensions, got ", dims);
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a CPU tensor");
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -56,14 +68,79 @@ inline void check_sizes(const Tensor& tensor, const std::array<int64_t, 4>& want
         " is needed (dimension ", d, " of 4)");
 }
 
+inline int32_t shim_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::UInt32:
+      return aoti_torch_dtype_uint32();
+    default:
+      STD_TORCH_CHECK(false, "no kernel allocates this element type");
+  }
+  return 0;
+}
+
 inline TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
   AtenTensorHandle handle;
-  const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
-                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                       : aoti_torch_dtype_float16();
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(type), aoti_torch_device_type_cpu(), 0, &handle));
   return TorchTensor(handle);
+}
+
+// Fresh memory is faulted in page by page while a kernel writes it, which takes longer than the writing: for outputs of
+// some megabytes the system is asked for pages of 2 MB instead. It may decline.
+inline void ask_for_huge_pages(const TorchTensor& tensor, int64_t count) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(count) * tensor.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (begin != 0 && end - begin >= 2 * kPage && last > first)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// A new contiguous tensor.
+inline TorchTensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[8];
+  STD_TORCH_CHECK(sizes.size() <= 8, "at most 8 dimensions");
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes.begin()[d] > 0 ? sizes.begin()[d] : 1;
+  }
+  TorchTensor tensor = empty_strided(sizes.begin(), strides, static_cast<int64_t>(sizes.size()), type);
+  ask_for_huge_pages(tensor, stride);
+  return tensor;
+}
+
+// The elements of a contiguous CPU tensor of this type and these sizes.
+template <class T>
+inline T* elements(const TorchTensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous(), name,
+      " must be a contiguous CPU tensor of the kernel's element type");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " dimensions");
+  int64_t d = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(
+        tensor.size(d) == size, name, " has size ", tensor.size(d), " where ", size, " is needed (dimension ", d, ")");
+    ++d;
+  }
+  return static_cast<T*>(tensor.data_ptr());
 }
 
 // torch.empty_like: the strides of a dense tensor are kept. Only what is not dense takes the slow way through the
@@ -99,7 +176,7 @@ struct Forward {
 inline Forward prepare_forward(
     const TorchTensor& query, const TorchTensor& key, const TorchTensor& value, double scale) {
   const Tensor q = view(query, "query"), k = view(key, "key"), v = view(value, "value");
-  STD_TORCH_CHECK(q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype,
+  STD_TORCH_CHECK(is_floating(q.dtype) && k.dtype == q.dtype && v.dtype == q.dtype,
       "query, key and value must share one floating dtype");
   STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
   check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");
@@ -125,7 +202,7 @@ inline Backward prepare_backward(const TorchTensor& grad_output, const TorchTens
   const Tensor g = view(grad_output, "grad_output"), q = view(query, "query"), k = view(key, "key"),
                v = view(value, "value"), o = view(output, "output");
   STD_TORCH_CHECK(
-      q.dtype != DType::kBool && k.dtype == q.dtype && v.dtype == q.dtype && o.dtype == q.dtype && g.dtype == q.dtype,
+      is_floating(q.dtype) && k.dtype == q.dtype && v.dtype == q.dtype && o.dtype == q.dtype && g.dtype == q.dtype,
       "query, key, value, output and grad_output must share one floating dtype");
   STD_TORCH_CHECK(q.size[3] >= 1 && q.size[3] <= 256, "head_dim must be in 1..256, got ", q.size[3]);
   check_sizes(k, {q.size[0], k.size[1], k.size[2], q.size[3]}, "key");

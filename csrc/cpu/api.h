@@ -50,6 +50,108 @@ struct AttentionMask {
   bool is_causal;
 };
 
+// output = input W^T [* scale] [+ bias] with W (N,K) in power-of-two codes; input (1,1,M,K), output (1,1,M,N).
+// codes: bits <= 4: (N, ceil(K/2)), a nibble sign << 3 | e per weight, the even one low, 2^(e-7) or 0 for e = 0;
+// bits = 5: (N, K), the e5m2 pattern. scale, bias: (N) or null.
+enum class ShiftActivation : int32_t { kFloat, kInt8, kFixed16 };
+struct ShiftLinear {
+  Tensor input;
+  const uint8_t* codes;
+  const float* scale;
+  const float* bias;
+  Tensor output;
+  int bits;
+  ShiftActivation activation;
+};
+
+// grad_input (1,1,M,K) = (grad_output * scale) W.
+struct ShiftLinearBackward {
+  Tensor grad_output;
+  const uint8_t* codes;
+  const float* scale;
+  Tensor grad_input;
+  int bits;
+};
+
+// Packed bits: bit i of word w is element 32 w + i; pad bits of the last word are ignored where they are read and 0
+// where they are written. Binary: bit b means b; signs: 2 b - 1.
+struct PackSigns {
+  Tensor input;  // (B,H,N,D)
+  uint32_t* packed;
+};
+
+// output (1,B,M,N) = packed (B,M,ceil(K/32)) times dense (1,B,K,N).
+struct AddMatmul {
+  const uint32_t* packed;
+  Tensor dense, output;
+  bool signs;
+};
+
+// grad_dense (1,B,K,N) = packed^T times grad_output (1,B,M,N).
+struct AddMatmulBackward {
+  Tensor grad_output;
+  const uint32_t* packed;
+  Tensor grad_dense;
+  bool signs;
+};
+
+// output (B,M,N) = left (B,M,W) times right (B,N,W)^T over `length` bits.
+struct BinaryMatmul {
+  const uint32_t* left;
+  const uint32_t* right;
+  int32_t* output;
+  int64_t batches, rows, columns, length;
+  bool signs;
+};
+
+// query (B,H,N,W), key (B,H,M,W) bits; value (B,H,M,Dv); output (B,H,N,Dv); logsumexp (B,H,N) contiguous.
+struct HammingAttention {
+  const uint32_t* query;
+  const uint32_t* key;
+  Tensor value, output;
+  float* logsumexp;
+  int64_t head_dim;
+  bool signs;
+  float scale;
+};
+
+// grad_output as output; grad_value as value.
+struct HammingAttentionBackward {
+  Tensor grad_output;
+  const uint32_t* query;
+  const uint32_t* key;
+  const float* logsumexp;
+  Tensor grad_value;
+  int64_t head_dim;
+  bool signs;
+  float scale;
+};
+
+// How shift_add_attention turns a normalised element x^ into a bit: scale * 1[x^ > threshold], or +-1 (sign).
+enum class Binarize : int32_t { kPublished, kMeanThreshold, kPerHead, kSign };
+
+// query, key, value, output (B,H,N,D); residual_weight (H,taps) contiguous, null without one; context (B,H,D,D)
+// contiguous; statistics (B,H,4) contiguous: scale and threshold of query, then of key.
+struct ShiftAddAttentionForward {
+  Tensor query, key, value, output;
+  const float* residual_weight;
+  int64_t taps;
+  float* context;
+  float* statistics;
+  Binarize binarize;
+};
+
+struct ShiftAddAttentionBackward {
+  Tensor grad_output, query, key, value;
+  const float* residual_weight;
+  int64_t taps;
+  const float* context;
+  const float* statistics;
+  Tensor grad_query, grad_key, grad_value;
+  float* grad_residual_weight;
+  Binarize binarize;
+};
+
 struct Kernels {
   const char* isa;
 #define EFFATTN_KERNEL(name, ...) void (*name)(__VA_ARGS__, const Runtime&);
@@ -57,9 +159,12 @@ struct Kernels {
 #undef EFFATTN_KERNEL
 };
 
-// The kernels for this element type on this processor; the environment variable EFFATTN_CPU_ISA, read once, can name a
-// lower level.
+// The kernels of the softmax families for this element type on this processor: the engine holds bf16 products only at
+// the avx512_bf16 level. The environment variable EFFATTN_CPU_ISA, read once, can name a lower level.
 const Kernels& kernels(DType dtype);
+
+// The highest level, for kernels that serve every element type at every level.
+const Kernels& kernels();
 
 // baseline, avx2, avx512 or avx512_bf16.
 const char* isa_name();

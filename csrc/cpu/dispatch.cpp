@@ -43,7 +43,9 @@ int supported_level() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
       level = 2;
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) level = kBFloat16Level;
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+          __builtin_cpu_supports("avx512vpopcntdq"))
+        level = kBFloat16Level;
     }
   }
 #endif
@@ -68,6 +70,8 @@ const Kernels& kernels(DType dtype) {
   const int level = chosen_level();
   return *kLevels[level == kBFloat16Level && dtype != DType::kBFloat16 ? level - 1 : level];
 }
+
+const Kernels& kernels() { return *kLevels[chosen_level()]; }
 
 const char* isa_name() { return kLevels[chosen_level()]->isa; }
 

@@ -38,7 +38,9 @@ struct Matrix {
 };
 
 EFFATTN_INLINE int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2
+         : dtype == DType::kBool || dtype == DType::kUInt8     ? 1
+                                                               : 4;
 }
 
 EFFATTN_INLINE Matrix matrix_at(

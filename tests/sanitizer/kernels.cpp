@@ -259,6 +259,117 @@ void attention(DType dtype, const Shape& s, const HeapTensor* bias) {
     compare("attention", dtype, s, one, zero, run_forward, run_backward);
 }
 
+// Everything of one head in plain loops; which elements are bits is told from the statistics that the kernel gives.
+void shift_add_attention(DType dtype, int64_t tokens, int64_t D, int64_t taps, Binarize binarize, Layout layout) {
+  const int64_t batch = 2, heads = 2;
+  const std::vector<int64_t> size = {batch, heads, tokens, D};
+  const HeapTensor query(dtype, size, layout), key(dtype, size, layout), value(dtype, size, layout),
+      G(dtype, size, layout);
+  const Layout dense = layout == Layout::kHeadsInside ? layout : Layout::kContiguous;
+  const HeapTensor output(dtype, size, dense, true), dq(dtype, size, dense, true), dk(dtype, size, dense, true),
+      dv(dtype, size, dense, true);
+  const auto floats = [](int64_t count) {
+    std::unique_ptr<float[]> memory(new float[count]);
+    for (int64_t i = 0; i < count; ++i) memory[i] = NAN;
+    return memory;
+  };
+  const auto weight = floats(heads * taps), grad_weight = floats(heads * taps), context = floats(batch * heads * D * D),
+             statistics = floats(batch * heads * 4);
+  for (int64_t i = 0; i < heads * taps; ++i) weight[i] = uniform();
+  kernels_under_test.shift_add_attention_forward({query.view(), key.view(), value.view(), output.view(), weight.get(),
+                                                     taps, context.get(), statistics.get(), binarize},
+      kRuntime);
+  kernels_under_test.shift_add_attention_backward(
+      {G.view(), query.view(), key.view(), value.view(), weight.get(), taps, context.get(), statistics.get(), dq.view(),
+          dk.view(), dv.view(), grad_weight.get(), binarize},
+      kRuntime);
+
+  using Matrix = std::vector<std::vector<double>>;
+  const auto zeros = [](int64_t rows, int64_t columns) { return Matrix(rows, std::vector<double>(columns)); };
+  const bool is_signed = binarize == Binarize::kSign;
+  double worst[5] = {}, largest[5] = {0.05, 0.05, 0.05, 0.05, 0.05};
+  const auto note = [&](int which, double got, double want) {
+    const double error = fabs(got - want);
+    if (!(error <= worst[which])) worst[which] = error;
+    if (fabs(want) > largest[which]) largest[which] = fabs(want);
+  };
+  const double inverse_pi = 0.31830988618379067;
+  for (int64_t h = 0; h < heads; ++h) {
+    std::vector<double> dw(taps);
+    for (int64_t b = 0; b < batch; ++b) {
+      const float* s = statistics.get() + (b * heads + h) * 4;
+      Matrix unit[2] = {zeros(tokens, D), zeros(tokens, D)}, bits[2] = {zeros(tokens, D), zeros(tokens, D)};
+      Matrix norm = zeros(2, tokens), A = zeros(D, D), B = zeros(D, D), dU = zeros(tokens, D), dV = zeros(tokens, D);
+      for (int which = 0; which < 2; ++which)
+        for (int64_t n = 0; n < tokens; ++n) {
+          const HeapTensor& x = which ? key : query;
+          for (int64_t d = 0; d < D; ++d) norm[which][n] += x.at(b, h, n, d) * x.at(b, h, n, d);
+          norm[which][n] = sqrt(norm[which][n]);
+          for (int64_t d = 0; d < D; ++d) {
+            unit[which][n][d] = x.at(b, h, n, d) / norm[which][n];
+            const double scale = s[2 * which], threshold = s[2 * which + 1];
+            bits[which][n][d] = is_signed ? (unit[which][n][d] > 0 ? 1 : -1) : scale * (unit[which][n][d] > threshold);
+          }
+        }
+      for (int64_t n = 0; n < tokens; ++n)
+        for (int64_t d = 0; d < D; ++d)
+          for (int64_t c = 0; c < D; ++c) A[d][c] += bits[1][n][d] * value.at(b, h, n, c);
+      for (int64_t n = 0; n < tokens; ++n) {
+        std::vector<double> U(D), R(D);
+        double length = 0, along = 0;
+        for (int64_t c = 0; c < D; ++c) {
+          U[c] = 0.5 * value.at(b, h, n, c);
+          for (int64_t d = 0; d < D; ++d) U[c] += inverse_pi * bits[0][n][d] * A[d][c];
+          length += U[c] * U[c];
+        }
+        length = sqrt(length);
+        for (int64_t c = 0; c < D; ++c) R[c] = U[c] / length, along += R[c] * G.at(b, h, n, c);
+        for (int64_t c = 0; c < D; ++c) {
+          dU[n][c] = (G.at(b, h, n, c) - R[c] * along) / length;
+          double sum = R[c];
+          dV[n][c] += 0.5 * dU[n][c];
+          for (int64_t t = 0; t < taps; ++t) {
+            const int64_t other = n + t - taps / 2;
+            if (other < 0 || other >= tokens) continue;
+            sum += weight[h * taps + t] * value.at(b, h, other, c);
+            dV[other][c] += weight[h * taps + t] * G.at(b, h, n, c);
+            dw[t] += G.at(b, h, n, c) * value.at(b, h, other, c);
+          }
+          note(0, output.at(b, h, n, c), sum);
+          for (int64_t d = 0; d < D; ++d) B[d][c] += bits[0][n][d] * dU[n][c];
+        }
+      }
+      for (int64_t n = 0; n < tokens; ++n) {
+        for (int64_t c = 0; c < D; ++c) {
+          for (int64_t d = 0; d < D; ++d) dV[n][c] += inverse_pi * bits[1][n][d] * B[d][c];
+          note(3, dv.at(b, h, n, c), dV[n][c]);
+        }
+        for (int which = 0; which < 2; ++which) {
+          std::vector<double> grad(D);
+          double along = 0;
+          for (int64_t d = 0; d < D; ++d) {
+            for (int64_t c = 0; c < D; ++c)
+              grad[d] += inverse_pi * (which ? value.at(b, h, n, c) * B[d][c] : dU[n][c] * A[d][c]);
+            if (!is_signed && unit[which][n][d] < 0) grad[d] = 0;
+            along += grad[d] * unit[which][n][d];
+          }
+          for (int64_t d = 0; d < D; ++d)
+            note(1 + which, (which ? dk : dq).at(b, h, n, d), (grad[d] - unit[which][n][d] * along) / norm[which][n]);
+        }
+      }
+    }
+    for (int64_t t = 0; t < taps; ++t) note(4, grad_weight[h * taps + t], dw[t]);
+  }
+  const double tolerance = dtype == DType::kFloat32 ? 4e-5 : 2e-2;
+  for (int which = 0; which < 5; ++which)
+    if (!(worst[which] <= tolerance * largest[which])) {
+      ++failures;
+      printf("shift_add_attention: dtype %d, %ld x %ld, %ld taps, binarize %d, layout %d: tensor %d off by %g of %g\n",
+          static_cast<int>(dtype), static_cast<long>(tokens), static_cast<long>(D), static_cast<long>(taps),
+          static_cast<int>(binarize), static_cast<int>(layout), which, worst[which], largest[which]);
+    }
+}
+
 void everything(DType dtype) {
   const Layout layouts[] = {Layout::kContiguous, Layout::kHeadsInside, Layout::kStrided, Layout::kExpanded};
   const int64_t head_dims[] = {1, 7, 16, 33, 64, 80, 256};
@@ -280,16 +391,27 @@ void everything(DType dtype) {
         const HeapTensor bias(mask_dtype, {masked.batch, masked.heads, masked.queries, masked.keys}, mask_layout);
         attention(dtype, masked, &bias);
       }
+    for (const Binarize binarize :
+        {Binarize::kPublished, Binarize::kMeanThreshold, Binarize::kPerHead, Binarize::kSign}) {
+      const int64_t taps[] = {9, 0, 1, 9, 3, 15};
+      shift_add_attention(dtype, 1 + 23 * turn, head_dim, taps[turn % 6], binarize, layout);
+      shift_add_attention(dtype, 64, head_dim, 9, binarize, other);
+    }
     ++turn;
   }
   gaussian_mixture(dtype, 18, 33, 1, 5, 16, Layout::kContiguous);  // several key blocks, wide table
   attention(dtype, {1, 1, 1, 100, 600, 24, false, Layout::kHeadsInside}, nullptr);
   attention(dtype, {1, 1, 1, 600, 300, 8, true, Layout::kContiguous}, nullptr);
+  shift_add_attention(dtype, 601, 24, 9, Binarize::kPublished, Layout::kHeadsInside);  // several chunks
+  shift_add_attention(dtype, 470, 16, 5, Binarize::kPerHead, Layout::kContiguous);
 }
 
 }  // namespace
 
+#include "packed_kernels.h"
+
 int main() {
+  packed_kernels();
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) everything(DType::kFloat32);
   everything(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
