@@ -38,13 +38,29 @@ class Figure(NamedTuple):
 
 
 def figures(report, *, build: bool) -> list[Figure]:
-    """Every promised figure, from a ``report.Report``; ``build``: also time the C++ build."""
+    """The promised figures of the families in a ``report.Report``; ``build``: also time the C++ build."""
+    measured = {row.family for row in report.rows}
+    found = _attention_figures(report) if measured & {MIXTURE, "attention"} else []
+    if "shift_add" in measured:
+        found += _shift_add_figures(report)
+    if MIXTURE in measured:
+        found += _memory_figures(report.ceilings.threads)
+    extra = None
+    if report.overhead_us:
+        ours = max(us for name, us in report.overhead_us.items() if name != STOCK)
+        extra = ours - report.overhead_us[STOCK]
+    found.append(Figure("call on 1x1x16x16: above F.scaled_dot_product_attention", 15.0, extra, True, "us"))
+    found.append(Figure("import of effattn after torch", 50.0, report.import_ms, True, "ms"))
+    found.append(Figure("full C++ build", 90.0, _build_seconds() if build else None, True, "s"))
+    return found
+
+
+def _attention_figures(report) -> list[Figure]:
     from .report import SHORT
 
     rows = {
         (r.family, r.case.operator, r.case.shape, r.dtype, r.direction): r for r in report.rows if not r.case.photograph
     }
-    threads = report.ceilings.threads
 
     def speedup(operator, shape, dtype, direction, peer) -> float | None:
         family = MIXTURE if operator == MIXTURE else "attention"
@@ -83,15 +99,6 @@ def figures(report, *, build: bool) -> list[Figure]:
             for mask in (ADDITIVE_3D, ADDITIVE):
                 ratio = speedup(mask, shape, dtype, FORWARD, "torch sdpa")
                 found.append(Figure(f"{mask} forward {name}, N={shape[2]}: faster than torch's by", 4.0, ratio, False))
-    found += _shift_add_figures(report)
-    found += _memory_figures(threads)
-    extra = None
-    if report.overhead_us:
-        ours = max(us for name, us in report.overhead_us.items() if name != STOCK)
-        extra = ours - report.overhead_us[STOCK]
-    found.append(Figure("call on 1x1x16x16: above F.scaled_dot_product_attention", 15.0, extra, True, "us"))
-    found.append(Figure("import of effattn after torch", 50.0, report.import_ms, True, "ms"))
-    found.append(Figure("full C++ build", 90.0, _build_seconds() if build else None, True, "s"))
     return found
 
 

@@ -33,6 +33,16 @@ def test_every_contender_computes_the_problem(problem):
         assert contender.answer is not None or contender.name.startswith("weights")
 
 
+def test_cold_weights_are_copies_in_turn_and_compute_the_same(monkeypatch):
+    monkeypatch.setattr(honesty, "COLD_BYTES", 8 * 4 * 64 * 32)
+    for contender in honesty.matshift("", 3, 64, 32, "", cold=True).prepare("cpu"):
+        sets = [next(contender.call.args[2]) for _ in range(4)]
+        assert len({id(weights[0]) for weights in sets}) == 4, contender.name
+        assert all(torch.equal(a, b) for weights in sets for a, b in zip(weights, sets[0]))
+        assert sum(tensor.nbytes for tensor in sets[0]) == contender.weights
+        assert honesty._admit(contender, "cpu")[0] == ""
+
+
 def test_a_contender_that_is_wrong_is_not_timed():
     (right,) = (c for c in SMALL[0].values[0].prepare("cpu") if c.name == "linear fp32")
     wrong = right._replace(call=lambda: right.call() + 1)

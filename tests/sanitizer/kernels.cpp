@@ -326,6 +326,7 @@ void shift_add_attention(DType dtype, int64_t tokens, int64_t D, int64_t taps, B
         for (int64_t c = 0; c < D; ++c) R[c] = U[c] / length, along += R[c] * G.at(b, h, n, c);
         for (int64_t c = 0; c < D; ++c) {
           dU[n][c] = (G.at(b, h, n, c) - R[c] * along) / length;
+          largest[3] = fmax(largest[3], fabs(G.at(b, h, n, c)) / length);  // what cancels where D is 1
           double sum = R[c];
           dV[n][c] += 0.5 * dU[n][c];
           for (int64_t t = 0; t < taps; ++t) {

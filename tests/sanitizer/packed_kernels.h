@@ -64,7 +64,7 @@ void shift_linear(DType dtype, int64_t M, int64_t K, int64_t N, int bits, bool e
         for (int64_t k = 0; k < K; ++k) sum += input.at(0, 0, m, k) * weight(n, k);
         worst.note(output.at(0, 0, m, n), sum * (scaled ? scale[n] : 1) + (extras ? bias[n] : 0));
       }
-    const double rounding = fixed ? 2e-5 * static_cast<double>(K + 1) : 2e-2;  // of the activations
+    const double rounding = fixed ? 0x1p-16 * static_cast<double>(K + 2) / worst.largest : 2e-2;  // of the activations
     worst.check(
         "shift_linear", dtype, tolerance_of(dtype) + (activation == ShiftActivation::kFloat ? 0 : rounding), M, N, K);
   }
