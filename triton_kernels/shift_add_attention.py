@@ -5,19 +5,19 @@
     dq^ = mask dU A^T / pi      dk^ = mask V B^T / pi      dx = (dx^ - x^ (x^ . dx^)) / |x|      mask = x^ >= 0 (+-1: all)
     d weight[h, t] = sum of G[n] . V[n + t - T / 2]
 
-The scale s and the threshold m are statistics of q and of k: sums of |x^| or x^, in float64 above a row. Sums of the rows that
-the bits select, and not of products, are what A and B hold: without s, so that a bit is a 0 or 1 (or +-1), exact in any dtype.
+The scale s and the threshold m are statistics of q and of k: shift_add_rows.py. A and B hold plain sums of the rows that bits
+select, without s: a bit is a 0 or 1 (or +-1), exact in any dtype. s enters where A and B are rounded to the inputs' dtype.
 
-Kernel             one program owns               in registers                     streamed through shared memory
-row_statistics     a chunk of tokens of a (b, h)  a BLOCK x D tile                 -
-context            a chunk, BLOCK x BLOCK of D D  the sum                          bits and V (or dU), BLOCK_N tokens
-mix                BLOCK_M rows of a (b, h)       U, V, then O, dU or dV           bits, and BLOCK_K rows of A (or B)
-query_key_gradient BLOCK_M rows of a (b, h)       dx^, x                           dU (or V), and BLOCK_K columns of A (or B)
-tap_gradient       a chunk and a tap              a BLOCK x D tile of G V          -
+Kernel             one program owns               in registers             streamed through shared memory
+context            a chunk, BLOCK x BLOCK of D D  the sum                  bits and V (or dU), BLOCK_N tokens
+mix                BLOCK_M rows of a (b, h)       U, then O, dU or dV      bits, and BLOCK_K rows of A (or B)
+query_key_gradient BLOCK_M rows of a (b, h)       dx^, x                   dU (or V), and BLOCK_K columns of A (or B)
+tap_gradient       a chunk and a tap              a BLOCK_M x D tile of GV -
 
-Chunks are reduced in a second, ordered stage; nothing is atomic and no split depends on the chip, so runs are bitwise equal.
-Forward: q, k and V are read twice (V once more from cache for each tap), O is written: 7 N D elements, and 4 N D^2 FLOPs + 2 N D T.
-Backward: dU is written once in the inputs' dtype and read three times: 17 N D elements, 12 N D^2 FLOPs. N x N exists nowhere.
+Chunks of tokens are summed in a second, ordered stage. Nothing is atomic and no split depends on the chip: runs are bitwise
+equal. Forward: q, k and V are read twice (context: once per BLOCK of D), O is written: 7 N D elements, 4 N D^2 FLOPs. Backward:
+dU is written once, in the inputs' dtype, and read three times: 16 N D elements, 10 N D^2 FLOPs. A convolution of T taps adds
+2 N D T FLOPs forward, 4 backward, and reads its neighbours from cache. N x N exists nowhere.
 """
 
 import math
@@ -29,137 +29,24 @@ import triton.language as tl
 
 from . import configurations as table
 from . import shift_add_configurations as tuned
+from .shift_add_rows import (
+    SIGN,
+    bits,
+    chunks_of,
+    head_of,
+    inverse_norm,
+    inverse_norms,
+    load_tile,
+    reduce,
+    statistics_of,
+    store_tile,
+)
 from .tiles import matmul, narrow
 
-PUBLISHED, MEAN_THRESHOLD, PER_HEAD, SIGN = (tl.constexpr(mode) for mode in range(4))
 OUTPUT, OUTPUT_GRADIENT, VALUE_GRADIENT = (tl.constexpr(stage) for stage in range(3))
 INVERSE_PI = tl.constexpr(1 / math.pi)
-CHUNK = 256  # tokens of one partial sum, at least
-TARGET_PROGRAMS = 1024  # several waves of the largest chip; fixed, so that sums do not depend on the device
 
 Strides = namedtuple("Strides", "chooser base gradient output")
-
-
-# ---- loads, bits ----
-
-
-@triton.jit
-def head_of(program, blocks, num_heads):
-    """(block, b, h) of a program; b and h in 64 bits."""
-    return (
-        program % blocks,
-        (program // blocks // num_heads).to(tl.int64),
-        (program // blocks % num_heads).to(tl.int64),
-    )
-
-
-@triton.jit
-def tile_pointers(tensor, strides, b, h, rows, dims):
-    origin = tensor + b * strides[0] + h * strides[1]
-    return origin + rows.to(tl.int64)[:, None] * strides[2] + dims.to(tl.int64)[None, :] * strides[3]
-
-
-@triton.jit
-def load_tile(tensor, strides, b, h, rows, valid, start, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows by BLOCK columns from `start` on; 0 outside."""
-    dims = start + tl.arange(0, BLOCK)
-    pointers = tile_pointers(tensor, strides, b, h, rows, dims)
-    if HEAD_DIM % BLOCK == 0:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    else:
-        return tl.load(pointers, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def store_tile(tensor, strides, b, h, rows, valid, tile, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    dims = tl.arange(0, BLOCK)
-    pointers = tile_pointers(tensor, strides, b, h, rows, dims)
-    tl.store(pointers, narrow(tile, tensor.dtype.element_ty), mask=valid[:, None] & (dims < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def inverse_norm(x):
-    """1 / |x| of each row, 0 of a zero row."""
-    squared = tl.sum(x * x, 1)
-    return tl.where(squared > 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(squared > 0.0, squared, 1.0))), 0.0)
-
-
-@triton.jit
-def bits(x, inverse, rows, valid, threshold, MODE: tl.constexpr):
-    """1[x^ > threshold], or +-1, in x's dtype. `inverse`: 1 / |x| of every row, which only a threshold needs."""
-    if MODE == MEAN_THRESHOLD:
-        chosen = x.to(tl.float32) * tl.load(inverse + rows, mask=valid, other=0.0)[:, None] > threshold
-    else:
-        chosen = x.to(tl.float32) > 0.0
-    return tl.where(chosen, 1.0, -1.0 if MODE == SIGN else 0.0).to(x.dtype)
-
-
-# ---- statistics ----
-
-
-@triton.jit(do_not_specialize=["num_heads", "num_tokens", "chunk", "chunks"])
-def row_statistics(
-    input,
-    inverse,
-    partial,
-    strides,
-    num_heads,
-    num_tokens,
-    chunk,
-    chunks,
-    MODE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Sum of |x^| or x^ over a chunk; 1 / |x| of its rows if a threshold will ask for it."""
-    part, b, h = head_of(tl.program_id(0), chunks, num_heads)
-    head = b * num_heads + h
-    sums = tl.zeros((BLOCK_M,), tl.float64)
-    for start in range(part * chunk, tl.minimum(part * chunk + chunk, num_tokens), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        valid = rows < num_tokens
-        x = load_tile(input, strides, b, h, rows, valid, 0, HEAD_DIM, BLOCK_D).to(tl.float32)
-        factor = inverse_norm(x)
-        if MODE == MEAN_THRESHOLD:
-            tl.store(inverse + head * num_tokens + rows, factor, mask=valid)
-            sums += tl.sum(x * factor[:, None], 1).to(tl.float64)
-        else:
-            sums += (tl.sum(tl.abs(x), 1) * factor).to(tl.float64)
-    tl.store(partial + head * chunks + part, tl.sum(sums))
-
-
-@triton.jit(do_not_specialize=["group", "partials", "count"])
-def reduce_statistics(partial, statistics, group, partials, count, MODE: tl.constexpr, LANES: tl.constexpr):
-    """Of q (even programs) or of k: the mean over `group` heads, in order, as the scale or the threshold of each of them."""
-    which = tl.program_id(0) % 2
-    first = (tl.program_id(0) // 2).to(tl.int64) * group
-    row = partial + (which * (tl.num_programs(0) // 2) * group + first) * (partials // group)
-    sums = tl.zeros((LANES,), tl.float64)
-    for start in range(0, partials, LANES):
-        lane = start + tl.arange(0, LANES)
-        sums += tl.load(row + lane, mask=lane < partials, other=0.0)
-    mean = (tl.sum(sums) / count).to(tl.float32)
-    for start in range(0, group, LANES):
-        head = start + tl.arange(0, LANES)
-        entry = statistics + (first + head) * 4 + which * 2
-        mean_of_head = tl.zeros((LANES,), tl.float32) + mean
-        tl.store(entry, 1.0 if MODE == MEAN_THRESHOLD else mean_of_head, mask=head < group)
-        tl.store(entry + 1, mean_of_head if MODE == MEAN_THRESHOLD else 0.0, mask=head < group)
-
-
-@triton.jit(do_not_specialize=["count", "size"])
-def reduce_partials(partial, destination, count, size, LANES: tl.constexpr):
-    """destination[g, e] = sum over c, in order, of partial[g, c, e]"""
-    blocks = tl.cdiv(size, LANES)
-    group = (tl.program_id(0) // blocks).to(tl.int64)
-    lane = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
-    pointers = partial + group * count * size + lane
-    total = tl.zeros((LANES,), tl.float32)
-    for _ in range(count):
-        total += tl.load(pointers, mask=lane < size, other=0.0)
-        pointers += size
-    tl.store(destination + group * size + lane, total, mask=lane < size)
 
 
 # ---- products ----
@@ -207,6 +94,15 @@ def context(
     tl.store(pointers, total, mask=(i < HEAD_DIM)[:, None] & (j < HEAD_DIM)[None, :])
 
 
+@triton.jit
+def scaled(a, scale, dtype: tl.constexpr):
+    """Sums times their scale in 16 bits, where sums alone might overflow; fp32 products are scaled after, rounding less."""
+    if dtype == tl.float32:
+        return a
+    else:
+        return narrow(a * scale, dtype)
+
+
 @triton.jit(do_not_specialize=["num_heads", "num_tokens", "taps"])
 def mix(
     chooser,
@@ -245,7 +141,9 @@ def mix(
         i = start + tl.arange(0, BLOCK_K)
         inside = (i < HEAD_DIM)[:, None] & (j < HEAD_DIM)[None, :]
         a = tl.load(matrix + i[:, None] * HEAD_DIM + j[None, :], mask=inside, other=0.0)
-        u = matmul(chosen, narrow(a * scale, x.dtype), u, PRECISION)
+        u = matmul(chosen, scaled(a, scale, x.dtype), u, PRECISION)
+    if chooser.dtype.element_ty == tl.float32:
+        u *= scale
     u += 0.5 * load_tile(base, strides.base, b, h, rows, valid, 0, HEAD_DIM, BLOCK_D).to(tl.float32)
     if STAGE != VALUE_GRADIENT:
         factor = inverse_norm(u)[:, None]
@@ -300,7 +198,9 @@ def query_key_gradient(
         i = start + tl.arange(0, BLOCK_K)
         inside = (j < HEAD_DIM)[:, None] & (i < HEAD_DIM)[None, :]
         a = tl.load(matrix + j[:, None] * HEAD_DIM + i[None, :], mask=inside, other=0.0)
-        dx = matmul(left, tl.trans(narrow(a * scale, left.dtype)), dx, PRECISION)
+        dx = matmul(left, tl.trans(scaled(a, scale, left.dtype)), dx, PRECISION)
+    if other.dtype.element_ty == tl.float32:
+        dx *= scale
     x = load_tile(input, strides.chooser, b, h, rows, valid, 0, HEAD_DIM, BLOCK_D).to(tl.float32)
     if MODE != SIGN:
         dx = tl.where(x >= 0.0, dx, 0.0)
@@ -344,50 +244,11 @@ def tap_gradient(
 # ---- launchers ----
 
 
-def _chunks(tokens, owners):
-    """(tokens of a chunk, chunks) that give about TARGET_PROGRAMS programs to so many owners of a chunk."""
-    wanted = max(1, TARGET_PROGRAMS // max(owners, 1))
-    chunk = CHUNK * triton.cdiv(max(tokens, 1), CHUNK * wanted)
-    return chunk, triton.cdiv(tokens, chunk)
-
-
-def _reduce(partial, destination, groups, count, size):
-    config = tuned.LANES
-    programs = groups * triton.cdiv(size, config.block_k)
-    table.launch(
-        reduce_partials, programs, partial.device, config, *(partial, destination, count, size), LANES=config.block_k
-    )
-
-
-def _statistics(tensors, mode):
-    """(partial sums (2, B, H, chunks) of query and key; 1 / |x| of their rows, in the mode that needs it)"""
-    batch, heads, tokens, head_dim = tensors[0].shape
-    device = tensors[0].device
-    chunk, chunks = _chunks(tokens, batch * heads)
-    partial = torch.empty((2, batch, heads, chunks), dtype=torch.float64, device=device)
-    kept = tokens if mode == MEAN_THRESHOLD.value else 0
-    inverse = torch.empty((2, batch, heads, kept), dtype=torch.float32, device=device)
-    config = tuned.attention("row_statistics", tensors[0])
-    for tensor, sums, norms in zip(tensors, partial, inverse):
-        table.launch(
-            row_statistics,
-            batch * heads * chunks,
-            device,
-            config,
-            *(tensor, norms, sums, tensor.stride(), heads, tokens, chunk, chunks),
-            MODE=mode,
-            HEAD_DIM=head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_D=table.block_d(head_dim),
-        )
-    return partial, inverse
-
-
 def _context(chooser, inverse, value, statistics, mode, threshold):
     batch, heads, tokens, head_dim = value.shape
     config = tuned.attention("context", value)
     tiles = triton.cdiv(head_dim, config.block_m) ** 2
-    chunk, chunks = _chunks(tokens, batch * heads * tiles)
+    chunk, chunks = chunks_of(tokens, batch * heads * tiles)
     shape = (batch, heads, head_dim, head_dim)
     result = torch.empty(shape, dtype=torch.float32, device=value.device)
     partial = result if chunks == 1 else result.new_empty((batch, heads, chunks, head_dim, head_dim))
@@ -405,7 +266,7 @@ def _context(chooser, inverse, value, statistics, mode, threshold):
         PRECISION=table.precision(value),
     )
     if chunks > 1:
-        _reduce(partial, result, batch * heads, chunks, head_dim * head_dim)
+        reduce(partial, result, batch * heads, chunks, head_dim * head_dim)
     return result
 
 
@@ -422,7 +283,7 @@ def _options(config, tensor):
 
 def _mix(stage, chooser, inverse, base, gradient, matrix, statistics, weight, mode):
     batch, heads, tokens, _ = base.shape
-    output = torch.empty_like(base)
+    output = torch.empty_like(chooser if stage is OUTPUT else base)
     config = tuned.attention("mix", base)
     strides = Strides(*(None if t is None else t.stride() for t in (chooser, base, gradient, output)))
     table.launch(
@@ -464,7 +325,7 @@ def _tap_gradient(grad_output, value, weight):
         return result
     batch, heads, tokens, head_dim = value.shape
     taps = weight.shape[1]
-    chunk, chunks = _chunks(tokens, batch * heads * taps)
+    chunk, chunks = chunks_of(tokens, batch * heads * taps)
     partial = result.new_empty((batch, chunks, heads, taps))
     config = tuned.attention("row_statistics", value)
     table.launch(
@@ -477,32 +338,16 @@ def _tap_gradient(grad_output, value, weight):
         BLOCK_M=config.block_m,
         BLOCK_D=table.block_d(head_dim),
     )
-    _reduce(partial, result, 1, batch * chunks, heads * taps)
+    reduce(partial, result, 1, batch * chunks, heads * taps)
     return result
 
 
 def shift_add_attention_fwd(query, key, value, residual_weight, binarize):
     """(output, context, statistics)"""
-    batch, heads, tokens, head_dim = query.shape
-    statistics = torch.zeros((batch, heads, 4), dtype=torch.float32, device=query.device)
-    inverse = (statistics, statistics)  # not read
-    if binarize in (MEAN_THRESHOLD.value, SIGN.value):
-        statistics[..., 0::2] = 1
+    statistics, inverse = statistics_of((query, key), binarize)
     if query.numel() == 0:
-        return torch.empty_like(query), statistics.new_zeros((batch, heads, head_dim, head_dim)), statistics
-    if binarize != SIGN.value:
-        partial, inverse = _statistics((query, key), binarize)
-        group = 1 if binarize == PER_HEAD.value else batch * heads
-        config = tuned.LANES
-        table.launch(
-            reduce_statistics,
-            2 * (batch * heads // group),
-            query.device,
-            config,
-            *(partial, statistics, group, group * partial.shape[3], group * tokens * head_dim),
-            MODE=binarize,
-            LANES=config.block_k,
-        )
+        shape = (*query.shape[:2], query.shape[3], query.shape[3])
+        return torch.empty_like(query), statistics.new_zeros(shape), statistics
     sums = _context(key, inverse[1], value, statistics, binarize, 3)
     output = _mix(OUTPUT, query, inverse[0], value, None, sums, statistics, residual_weight, binarize)
     return output, sums, statistics
@@ -515,9 +360,7 @@ def shift_add_attention_bwd(grad_output, query, key, value, residual_weight, con
         grad_weight = _tap_gradient(grad_output, value, residual_weight)
     if query.numel() == 0:
         return *map(torch.empty_like, (query, key, value)), grad_weight
-    inverse = (statistics, statistics)  # not read
-    if binarize == MEAN_THRESHOLD.value:
-        _, inverse = _statistics((query, key), binarize)
+    inverse = inverse_norms((query, key), statistics, binarize)
     grad_mixed = _mix(OUTPUT_GRADIENT, query, inverse[0], value, grad_output, context, statistics, None, binarize)
     grad_context = _context(query, inverse[0], grad_mixed, statistics, binarize, 1)
     grad_query = _query_key_gradient(query, grad_mixed, context, statistics, binarize, 2)

@@ -169,10 +169,12 @@ def shift_add_attention(
 ) -> Tensor:
     query, key = binarize(query, binarize_mode), binarize(key, binarize_mode)
     output = _unit(0.5 * value + (query @ (key.mT @ value)) / math.pi)
-    if residual_weight is not None and value.numel():
-        weight, taps = residual_weight.to(value.dtype), residual_weight.shape[2]
-        output = output + F.conv2d(value, weight, padding=(taps // 2, 0), groups=value.shape[1])
-    return output
+    if residual_weight is None:
+        return output
+    if not value.numel():  # which a convolution refuses; the weight keeps its gradient of zeros
+        return output + 0 * residual_weight.sum().to(value.dtype)
+    weight, taps = residual_weight.to(value.dtype), residual_weight.shape[2]
+    return output + F.conv2d(value, weight, padding=(taps // 2, 0), groups=value.shape[1])
 
 
 def _unit(x: Tensor) -> Tensor:
