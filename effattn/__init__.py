@@ -1,5 +1,7 @@
 """effattn: fused kernels for efficient attention."""
 
+import importlib
+
 from . import nn, reference
 from ._registry import explain
 from ._version import __version__
@@ -28,6 +30,7 @@ __all__ = [
     "explain",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "integrations",
     "masked_product_attention",
     "nn",
     "pack_signs",
@@ -37,3 +40,9 @@ __all__ = [
     "shift_add_attention",
     "shift_linear",
 ]
+
+
+def __getattr__(name: str):
+    if name == "integrations":  # loaded when it is asked for
+        return importlib.import_module(".integrations", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 def _modules():
     yield effattn
     for info in pkgutil.walk_packages(effattn.__path__, "effattn."):
-        if not info.name.startswith(("effattn.triton_kernels", "effattn.bench", "effattn._cpu", "effattn._cuda", "effattn.__main__")):
+        if not info.name.startswith(
+            ("effattn.triton_kernels", "effattn.bench", "effattn._cpu", "effattn._cuda", "effattn.__main__")
+        ):
             yield importlib.import_module(info.name)
 
 

@@ -321,7 +321,7 @@ void binary_matmul(const BinaryMatmul& call, const Runtime& runtime) {
   const RangeFunction run[2] = {
       [](int64_t begin, int64_t end, void* self) { static_cast<BinaryProduct*>(self)->run<false>(begin, end); },
       [](int64_t begin, int64_t end, void* self) { static_cast<BinaryProduct*>(self)->run<true>(begin, end); }};
-  const double work = 1.0 * call.batches * call.rows * call.columns * (product.words + 1);
+  const double work = 8.0 * call.batches * call.rows * call.columns * (product.words + 1);
   run_items(runtime, blocks * product.row_blocks, work, run[call.signs], &product);
 }
 

@@ -115,7 +115,6 @@ EFFATTN_INLINE void expand_dwords(typename Arithmetic::Word* to, int64_t pitch, 
         put(j / 2, ((WordVec)C::decode(dwords, j) >> 16) | (WordVec)C::decode(dwords, j + 1));
 #endif
   } else if constexpr (__is_same(Arithmetic, Integer)) {
-    static_assert(!kBytes || !EFFATTN_HAS_BYTE_DOT || true);
 #if EFFATTN_HAS_BYTE_DOT
     EFFATTN_UNROLL for (int odd = 0; odd < 2; ++odd) {
       const __m512i weights = decode_bytes(dwords, odd);

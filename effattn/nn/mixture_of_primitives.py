@@ -47,6 +47,7 @@ class MixtureOfPrimitives(nn.Module):
             ``shares`` in evaluation.
         gate: ``"probability"`` as above, or ``"straight_through"``: the gate value is 1 in the forward pass and has the
             gradient of p_e. It leaves the output of trained experts as it was.
+        device, dtype: of the parameters.
 
     Shape:
         (..., dim) -> (..., channels), in the experts' dtype.
@@ -205,6 +206,9 @@ def balance_loss(model: nn.Module) -> Tensor:
     Returns:
         A scalar, to be added to the loss of the task with a weight of the user's choice (published: 0.01). 0 where no
         mixture has run in training mode.
+
+    Raises:
+        AttributeError: model is no module.
 
     Source:
         ShiftAddViT, arXiv 2306.06446, section 4.3.

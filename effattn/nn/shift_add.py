@@ -42,6 +42,7 @@ class ShiftAddAttention(nn.Module):
             the published code applies it there too.
         proj_drop: probability of zeroing an element of the output.
         backend: passed to the operators.
+        device, dtype: of the parameters.
 
     Shape:
         (B, N, dim) -> the same. The height and width that the published call passes are accepted and not used;

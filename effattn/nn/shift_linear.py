@@ -70,6 +70,7 @@ class ShiftLinear(nn.Module):
         parametrization: "Q" or "PS".
         activation: "float", "int8" or "fixed16.16", as in :func:`effattn.shift_linear`.
         backend: passed to the operator.
+        device, dtype: of the parameters.
 
     Shape:
         (..., K) -> (..., N).
@@ -262,6 +263,7 @@ class FrozenShiftLinear(nn.Module):
 
     Args:
         in_features, out_features, bias, bits, scale, activation, backend: as :class:`ShiftLinear`.
+        device, dtype: of the buffers; dtype is the bias's.
 
     Shape:
         (..., K) -> (..., N).

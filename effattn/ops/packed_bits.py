@@ -71,7 +71,9 @@ for _name in ("pack_signs", "add_matmul", "binary_matmul", "hamming_attention"):
 
 
 def pack_signs(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """One bit per element: 1 where ``x > 0``.
+    r"""One bit per element: 1 where ``x > 0``.
+
+    .. math:: p_w = \sum_{i < 32} 2^i\, [x_{32 w + i} > 0]
 
     Args:
         x: (..., D), float32, bfloat16, float16 or float64 (float64: reference only), any strides.

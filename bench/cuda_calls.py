@@ -1,0 +1,75 @@
+"""Every CUDA operator, forward and backward, on small shapes with ragged edges: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python -m effattn.bench.cuda_calls
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import effattn
+from effattn import _native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shift_linear(rows: int, device: str) -> Iterator[Tensor]:
+    weight = torch.randn(70, 131)
+    for bits, scale in ((4, "none"), (4, "channel"), (5, "none")):
+        packed = effattn.quantize_power_of_two(weight, bits=bits, scale=scale).to(device)
+        bias = torch.randn(70, device=device)
+        for dtype in DTYPES:
+            x = torch.randn(rows, 131, device=device).to(dtype).requires_grad_()
+            for activation in ("float", "int8", "fixed16.16"):
+                if (bits, activation) == (5, "int8") or (scale, activation) == ("channel", "fixed16.16"):
+                    continue
+                yield effattn.shift_linear(x, packed, bias, activation=activation, backend="cuda")
+
+
+def packed_bits(device: str) -> Iterator[Tensor]:
+    for dtype in DTYPES:
+        bits = effattn.pack_signs(torch.randn(2, 37, 45, device=device).to(dtype), backend="cuda")
+        for values in ("binary", "sign"):
+            dense = torch.randn(2, 45, 19, device=device).to(dtype).requires_grad_()
+            yield effattn.add_matmul(bits, dense, values=values, backend="cuda")
+            yield effattn.binary_matmul(bits, bits[:, :21], 45, values=values, backend="cuda")
+            value = torch.randn(2, 1, 37, 19, device=device).to(dtype).requires_grad_()
+            yield effattn.hamming_attention(bits[:, None], bits[:, None], value, 45, values=values, backend="cuda")
+
+
+def shift_add_attention(device: str) -> Iterator[Tensor]:
+    weight = torch.randn(3, 1, 9, 1, device=device, requires_grad=True)
+    for dtype in DTYPES:
+        for head_dim in (24, 64):
+            q, k, v = (torch.randn(2, 3, 77, head_dim, device=device).to(dtype).requires_grad_() for _ in range(3))
+            for binarize in ("published", "mean_threshold", "per_head", "sign"):
+                yield effattn.shift_add_attention(q, k, v, binarize=binarize, residual_weight=weight, backend="cuda")
+
+
+def main() -> int:
+    if not _native.cuda_loaded:
+        print(f"no CUDA kernels: {_native.cuda_problem}")
+        return 2
+    device, calls = _native.cuda_device, 0
+    for results in (
+        shift_linear(3, device),
+        shift_linear(67, device),
+        packed_bits(device),
+        shift_add_attention(device),
+    ):
+        for result in results:
+            if result.requires_grad:
+                result.backward(torch.randn_like(result))
+            calls += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
