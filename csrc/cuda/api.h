@@ -1,0 +1,127 @@
+// What the CUDA bindings call: plain data in, launches on a stream out. No torch here, no device code.
+//
+// Every launch is asynchronous on `stream` (a cudaStream_t). A launch that needs scratch memory says how much through
+// its *_workspace function, in bytes; the memory must be aligned to 16 bytes and live until the stream has passed.
+#pragma once
+
+#include "../types.h"
+
+namespace effattn::cuda {
+
+// ---- Packed bits: bit i of word w is element 32 w + i, rows are padded to whole words -------------------------------
+
+struct PackSigns {
+  Tensor input;     // (B, H, N, D), any strides
+  uint32_t* words;  // (B, H, N, ceil(D / 32)) contiguous
+};
+void pack_signs(const PackSigns& arguments, void* stream);
+
+// product = S dense, S (rows x depth) the selection that the bits mean: b, or 2 b - 1 if `sign`. `transposed`: the bits
+// lie as (depth x rows), so S is their transpose.
+struct AddMatmul {
+  const uint32_t* words;  // (B, H, rows, ceil(depth / 32)), or (B, H, depth, ceil(rows / 32)) if transposed; contiguous
+  Tensor dense;           // (B, H, depth, columns), any strides
+  void* product;          // (B, H, rows, columns) contiguous
+  DType product_dtype;    // dense's, or float32
+  int64_t rows;
+  bool sign, transposed;
+};
+int64_t add_matmul_workspace(const AddMatmul& arguments);
+void add_matmul(const AddMatmul& arguments, void* workspace, void* stream);
+
+// product[m, n] = sum over `length` bits of left[m] right[n].
+struct BinaryMatmul {
+  const uint32_t *left, *right;  // (batch, rows, ceil(length / 32)), (batch, columns, ceil(length / 32)) contiguous
+  int32_t* product;              // (batch, rows, columns) contiguous
+  int64_t batch, rows, columns, length;
+  bool sign;
+};
+void binary_matmul(const BinaryMatmul& arguments, void* stream);
+
+// ---- Weights of powers of two, packed -------------------------------------------------------------------------------
+// w = s 2^p. bits <= 4: a nibble each, s << 3 | e, 2^(e - 7), e = 0 is zero; element k in the low nibble of byte k / 2
+// if k is even, else in the high one; rows of whole bytes. bits = 5: a byte each, float8_e5m2.
+
+enum class Activation : int32_t { kFloat, kInt8, kFixed16 };
+
+struct ShiftLinear {
+  Tensor input;          // (1, 1, M, K), any strides
+  const uint8_t* codes;  // (N, ceil(K / 2)) or (N, K) contiguous
+  const float* scale;    // (N,) or null
+  const float* bias;     // (N,) or null
+  void* output;          // (M, N) contiguous, the input's dtype
+  int64_t channels;      // N
+  int bits;
+  Activation activation;
+};
+int64_t shift_linear_workspace(const ShiftLinear& arguments);
+void shift_linear(const ShiftLinear& arguments, void* workspace, void* stream);
+
+struct ShiftLinearGradient {
+  Tensor grad_output;    // (1, 1, M, N), any strides
+  const uint8_t* codes;  // as above
+  const float* scale;    // (N,) or null
+  void* grad_input;      // (M, K) contiguous, the dtype of grad_output
+  int64_t in_features;   // K
+  int bits;
+};
+int64_t shift_linear_gradient_workspace(const ShiftLinearGradient& arguments);
+void shift_linear_gradient(const ShiftLinearGradient& arguments, void* workspace, void* stream);
+
+// ---- Linear attention with binary queries and keys
+// -------------------------------------------------------------------
+
+enum class Binarize : int32_t { kPublished, kMeanThreshold, kPerHead, kSign };
+
+struct ShiftAddAttention {
+  Tensor query, key, value;      // (B, H, N, D), any strides, one dtype, D <= 256
+  const float* residual_weight;  // (H, taps) contiguous, or null
+  int64_t taps;
+  Binarize binarize;
+  void* output;       // (B, H, N, D) contiguous
+  float* context;     // (B, H, D, D) contiguous, without the scale of the key
+  float* statistics;  // (B, H, 4): scale and threshold of the query, of the key
+};
+int64_t shift_add_attention_workspace(const ShiftAddAttention& arguments);
+void shift_add_attention(const ShiftAddAttention& arguments, void* workspace, void* stream);
+
+struct ShiftAddAttentionGradient {
+  Tensor grad_output, query, key, value;  // (B, H, N, D), any strides, one dtype
+  const float* residual_weight;           // as above
+  int64_t taps;
+  Binarize binarize;
+  const float *context, *statistics;         // from the forward pass
+  void *grad_query, *grad_key, *grad_value;  // (B, H, N, D) contiguous
+  float* grad_residual_weight;               // (H, taps), or null
+};
+int64_t shift_add_attention_gradient_workspace(const ShiftAddAttentionGradient& arguments);
+void shift_add_attention_gradient(const ShiftAddAttentionGradient& arguments, void* workspace, void* stream);
+
+// ---- Softmax attention with binary queries and keys
+// -------------------------------------------------------------------
+
+struct HammingAttention {
+  const uint32_t *query, *key;  // (B, H, N, words), (B, H, M, words) contiguous, words = ceil(head_dim / 32)
+  Tensor value;                 // (B, H, M, Dv), any strides
+  int64_t queries;              // N
+  int head_dim;
+  bool sign;
+  float scale;
+  void* output;      // (B, H, N, Dv) contiguous, the dtype of value
+  float* logsumexp;  // (B, H, N) contiguous
+};
+void hamming_attention(const HammingAttention& arguments, void* stream);
+
+struct HammingAttentionGradient {
+  const uint32_t *query, *key;  // as above
+  Tensor grad_output;           // (B, H, N, Dv), any strides
+  int64_t keys;                 // M
+  int head_dim;
+  bool sign;
+  float scale;
+  void* grad_value;  // (B, H, M, Dv) contiguous, the dtype of grad_output
+};
+int64_t hamming_attention_gradient_workspace(const HammingAttentionGradient& arguments);
+void hamming_attention_gradient(const HammingAttentionGradient& arguments, void* workspace, void* stream);
+
+}  // namespace effattn::cuda
