@@ -78,7 +78,7 @@ struct ShiftAddAttention {
   const float* residual_weight;  // (H, taps) contiguous, or null
   int64_t taps;
   Binarize binarize;
-  void* output;       // (B, H, N, D) contiguous
+  Tensor output;      // as query
   float* context;     // (B, H, D, D) contiguous, without the scale of the key
   float* statistics;  // (B, H, 4): scale and threshold of the query, of the key
 };
@@ -90,9 +90,9 @@ struct ShiftAddAttentionGradient {
   const float* residual_weight;           // as above
   int64_t taps;
   Binarize binarize;
-  const float *context, *statistics;         // from the forward pass
-  void *grad_query, *grad_key, *grad_value;  // (B, H, N, D) contiguous
-  float* grad_residual_weight;               // (H, taps), or null
+  const float *context, *statistics;        // from the forward pass
+  Tensor grad_query, grad_key, grad_value;  // as query, key, value
+  float* grad_residual_weight;              // (H, taps), or null
 };
 int64_t shift_add_attention_gradient_workspace(const ShiftAddAttentionGradient& arguments);
 void shift_add_attention_gradient(const ShiftAddAttentionGradient& arguments, void* workspace, void* stream);

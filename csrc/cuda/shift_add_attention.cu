@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kAttentionThreads) statistics_kernel(const dou
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     output_kernel(Planes<T> value, const uint32_t* query_words, const float* context, const float* statistics,
-        const float* residual_weight, int64_t taps, bool sign, Extent extent, T* output) {
+        const float* residual_weight, int64_t taps, bool sign, Extent extent, ResultPlanes<T> output) {
   SharedMemory shared;
   const auto u = shared.array<float>(kTokens * extent.row_pitch);
   const auto tile = shared.array<float>(kMatrixTile * kMatrixPitch);
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         convolve<false>(v + d * value.column_stride, value.row_stride, extent.tokens, token + row, weight, taps, sum);
 #pragma unroll
       for (int i = 0; i < kTokensPerWarp; ++i)
-        if (token + row + i < extent.tokens)
-          output[(plane * extent.tokens + token + row + i) * size + d] = from_float<T>(sum[i]);
+        if (token + row + i < extent.tokens) *output.at(plane, token + row + i, d) = from_float<T>(sum[i]);
     }
     sync_block();
   }
@@ -147,7 +146,8 @@ void shift_add_attention(const ShiftAddAttention& a, void* workspace, void* stre
     launch(output_kernel<T>, dim3(static_cast<unsigned>(planes * extent.blocks_per_plane)), dim3(kAttentionThreads),
         extent.rows_bytes() + extent.matrix_bytes() + extent.words_bytes(), stream, planes_of<T>(a.value),
         static_cast<const uint32_t*>(query_words), static_cast<const float*>(a.context),
-        static_cast<const float*>(a.statistics), a.residual_weight, a.taps, sign, extent, static_cast<T*>(a.output));
+        static_cast<const float*>(a.statistics), a.residual_weight, a.taps, sign, extent,
+        result_planes_of<T>(a.output));
   });
 }
 

@@ -23,11 +23,11 @@ namespace {
 // e: dx^ of the tile without its mask. out: dx.
 template <class T>
 EFFATTN_DEVICE void store_normalised_gradient(SharedArray<float> e, const Extent& extent, const Planes<T>& input,
-    const T* plane, int64_t token, bool sign, T* out) {
+    int64_t plane, int64_t token, bool sign, const ResultPlanes<T>& out) {
   for (int i = 0; i < kTokensPerWarp; ++i) {
     const int r = warp_index() * kTokensPerWarp + i;
     const bool valid = token + r < extent.tokens;
-    const T* row = plane + (token + r) * input.row_stride;
+    const T* row = input.plane(plane) + (token + r) * input.row_stride;
     float squares = 0, along = 0;  // along = x^ . dx^
     for (int d = lane_index(); d < extent.size && valid; d += kWarp) {
       const float x = to_float(row[d * input.column_stride]);
@@ -43,7 +43,7 @@ EFFATTN_DEVICE void store_normalised_gradient(SharedArray<float> e, const Extent
     for (int d = lane_index(); d < extent.size && valid; d += kWarp) {
       const float x = to_float(row[d * input.column_stride]), gradient = e[r * extent.row_pitch + d];
       const float masked = sign || x >= 0 ? gradient : 0.0f;
-      out[(token + r) * extent.size + d] = from_float<T>((masked - x / norm * along) / norm);
+      *out.at(plane, token + r, d) = from_float<T>((masked - x / norm * along) / norm);
     }
   }
 }
@@ -55,9 +55,9 @@ EFFATTN_DEVICE void clear_padding(SharedArray<float> rows, const Extent& extent)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads, 2)
-    query_gradient_kernel(Planes<T> grad_output, Planes<T> query, Planes<T> value, const uint32_t* query_words,
-        const float* context, const float* statistics, bool sign, Extent extent, float* grad_u, T* grad_query) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) query_gradient_kernel(Planes<T> grad_output, Planes<T> query,
+    Planes<T> value, const uint32_t* query_words, const float* context, const float* statistics, bool sign,
+    Extent extent, float* grad_u, ResultPlanes<T> grad_query) {
   SharedMemory shared;
   const auto u = shared.array<float>(kTokens * extent.row_pitch);
   const auto e = shared.array<float>(kTokens * extent.row_pitch);
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     rows_times_transposed(
         u, pitch, matrix, [&](int r, int c, float sum) { e[r * pitch + c] = kInversePi * key_scale * sum; });
     sync_block();
-    store_normalised_gradient(
-        e, extent, query, query.plane(plane), token, sign, grad_query + plane * extent.tokens * size);
+    store_normalised_gradient(e, extent, query, plane, token, sign, grad_query);
   }
 }
 
@@ -122,7 +121,7 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     key_gradient_kernel(Planes<T> grad_output, Planes<T> key, Planes<T> value, const uint32_t* key_words,
         const float* gradient_context, const float* statistics, const float* grad_u, const float* residual_weight,
-        int64_t taps, bool sign, Extent extent, T* grad_key, T* grad_value) {
+        int64_t taps, bool sign, Extent extent, ResultPlanes<T> grad_key, ResultPlanes<T> grad_value) {
   SharedMemory shared;
   const auto v_rows = shared.array<float>(kTokens * extent.row_pitch);
   const auto e = shared.array<float>(kTokens * extent.row_pitch);
@@ -166,15 +165,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
             g + d * grad_output.column_stride, grad_output.row_stride, extent.tokens, token + row, weight, taps, sum);
 #pragma unroll
       for (int i = 0; i < kTokensPerWarp; ++i)
-        if (token + row + i < extent.tokens)
-          grad_value[(plane * extent.tokens + token + row + i) * size + d] = from_float<T>(sum[i]);
+        if (token + row + i < extent.tokens) *grad_value.at(plane, token + row + i, d) = from_float<T>(sum[i]);
     }
     sync_block();
 
     rows_times_transposed(
         v_rows, pitch, matrix, [&](int r, int c, float sum) { e[r * pitch + c] = kInversePi * query_scale * sum; });
     sync_block();
-    store_normalised_gradient(e, extent, key, key.plane(plane), token, sign, grad_key + plane * extent.tokens * size);
+    store_normalised_gradient(e, extent, key, plane, token, sign, grad_key);
   }
 }
 
@@ -266,12 +264,12 @@ void shift_add_attention_gradient(const ShiftAddAttentionGradient& a, void* work
     launch_binarize<T>(a.key, threshold ? a.statistics + 3 : nullptr, key_words, nullptr, false, stream);
     launch(query_gradient_kernel<T>, grid, block, shared, stream, g, planes_of<T>(a.query), v,
         static_cast<const uint32_t*>(query_words), a.context, a.statistics, sign, extent, grad_u,
-        static_cast<T*>(a.grad_query));
+        result_planes_of<T>(a.grad_query));
     add_matmul(gradient_context(a, query_words, grad_u, context), scratch, stream);
     launch(key_gradient_kernel<T>, grid, block, shared, stream, g, planes_of<T>(a.key), v,
         static_cast<const uint32_t*>(key_words), static_cast<const float*>(context), a.statistics,
-        static_cast<const float*>(grad_u), a.residual_weight, a.taps, sign, extent, static_cast<T*>(a.grad_key),
-        static_cast<T*>(a.grad_value));
+        static_cast<const float*>(grad_u), a.residual_weight, a.taps, sign, extent, result_planes_of<T>(a.grad_key),
+        result_planes_of<T>(a.grad_value));
     if (a.grad_residual_weight == nullptr) return;
     const int64_t chunks = ceil_div(tokens, kWeightTokens), count = a.query.size[1] * a.taps;
     launch(weight_gradient_kernel<T>, dim3(static_cast<unsigned>(planes * chunks)), block,

@@ -47,6 +47,24 @@ Planes<T> planes_of(const Tensor& tensor) {
       tensor.stride[1], tensor.stride[2], tensor.stride[3], rows_are_aligned(tensor)};
 }
 
+// Where a result goes: the same without what only reading needs.
+template <class T>
+struct ResultPlanes {
+  T* data;
+  int64_t heads, batch_stride, head_stride, row_stride, column_stride;
+
+  EFFATTN_DEVICE T* at(int64_t plane, int64_t row, int64_t column) const {
+    return data + plane / heads * batch_stride + plane % heads * head_stride + row * row_stride +
+           column * column_stride;
+  }
+};
+
+template <class T>
+ResultPlanes<T> result_planes_of(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data), tensor.size[1] > 0 ? tensor.size[1] : 1, tensor.stride[0], tensor.stride[1],
+      tensor.stride[2], tensor.stride[3]};
+}
+
 // Starts to fill a Rows x Columns tile (rows of `pitch` elements) from `origin`; zeros outside rows x columns. The tile
 // is there after cp_async_commit, cp_async_wait and a barrier.
 template <int Rows, int Columns, int Threads, class T>

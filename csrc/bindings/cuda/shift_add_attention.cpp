@@ -39,21 +39,17 @@ Binarize binarize_of(int64_t binarize) {
   return static_cast<Binarize>(binarize);
 }
 
-TorchTensor empty_like_query(const Device& device, const Tensor& q) {
-  return device.empty({q.size[0], q.size[1], q.size[2], q.size[3]}, torch_dtype(q.dtype));
-}
-
 std::tuple<TorchTensor, TorchTensor, TorchTensor> shift_add_attention_fwd(TorchTensor query, TorchTensor key,
     TorchTensor value, std::optional<TorchTensor> residual_weight, int64_t binarize) {
   const Device device(query);
   const Tensor q = query_of(device, query);
   int64_t taps;
   const float* weight = taps_of(device, residual_weight, q, &taps);
-  TorchTensor output = empty_like_query(device, q);
+  TorchTensor output = torch::stable::empty_like(query);
   TorchTensor context = device.empty({q.size[0], q.size[1], q.size[3], q.size[3]}, aoti_torch_dtype_float32());
   TorchTensor statistics = device.empty({q.size[0], q.size[1], 4}, aoti_torch_dtype_float32());
   const effattn::cuda::ShiftAddAttention arguments = {q, like_query(device, key, q, "key"),
-      like_query(device, value, q, "value"), weight, taps, binarize_of(binarize), output.data_ptr(),
+      like_query(device, value, q, "value"), weight, taps, binarize_of(binarize), view(device, output, "output"),
       static_cast<float*>(context.data_ptr()), static_cast<float*>(statistics.data_ptr())};
   TorchTensor workspace = device.workspace(effattn::cuda::shift_add_attention_workspace(arguments));
   effattn::cuda::shift_add_attention(arguments, workspace.data_ptr(), device.stream());
@@ -67,8 +63,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> shift_add_attenti
   const Tensor q = query_of(device, query);
   int64_t taps;
   const float* weight = taps_of(device, residual_weight, q, &taps);
-  TorchTensor grad_query = empty_like_query(device, q), grad_key = empty_like_query(device, q),
-              grad_value = empty_like_query(device, q);
+  TorchTensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
+              grad_value = torch::stable::empty_like(value);
   TorchTensor grad_weight = weight != nullptr ? device.empty({q.size[1], taps}, aoti_torch_dtype_float32())
                                               : device.empty({0}, aoti_torch_dtype_float32());
   const effattn::cuda::ShiftAddAttentionGradient arguments = {like_query(device, grad_output, q, "grad_output"), q,
@@ -76,7 +72,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> shift_add_attenti
       contiguous_data<const float>(
           device, context, ScalarType::Float, {q.size[0], q.size[1], q.size[3], q.size[3]}, "context"),
       contiguous_data<const float>(device, statistics, ScalarType::Float, {q.size[0], q.size[1], 4}, "statistics"),
-      grad_query.data_ptr(), grad_key.data_ptr(), grad_value.data_ptr(),
+      view(device, grad_query, "grad_query"), view(device, grad_key, "grad_key"),
+      view(device, grad_value, "grad_value"),
       weight != nullptr ? static_cast<float*>(grad_weight.data_ptr()) : nullptr};
   TorchTensor workspace = device.workspace(effattn::cuda::shift_add_attention_gradient_workspace(arguments));
   effattn::cuda::shift_add_attention_gradient(arguments, workspace.data_ptr(), device.stream());
