@@ -41,7 +41,12 @@ X86_LEVELS = {
 LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Ampere's code also runs on Ada; PTX of the oldest is compiled on load by whatever else there is or will be.
-GPUS = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=sm_100", "arch=compute_120,code=sm_120")
+GPUS = (
+    "arch=compute_80,code=[sm_80,compute_80]",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_100,code=sm_100",
+    "arch=compute_120,code=sm_120",
+)
 
 
 def compiler():
@@ -176,11 +181,17 @@ def write_cuda_ninja(directory, library):
 class BuildNative(build_ext):
     """Compiles with ninja instead of distutils; no Python header is involved."""
 
+    def finalize_options(self):
+        self.objects = Path(
+            self.build_temp or ROOT / "build"
+        )  # kept, so that an editable install rebuilds what changed
+        super().finalize_options()
+
     def get_ext_filename(self, fullname):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext):
-        directory = ROOT / "build" / ext.name  # kept, so that an editable install rebuilds what changed
+        directory = self.objects.resolve() / ext.name
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         write_ninja[ext.name](directory, library)

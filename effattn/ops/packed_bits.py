@@ -221,7 +221,7 @@ def hamming_attention(
     .. math:: O = \mathrm{softmax}(s\, \langle q_i, k_j \rangle) V,\qquad
         \langle q, k \rangle = D - 2\, \mathrm{hamming}(q, k)\ \text{for values "sign"}
 
-    A score is an integer, so that the softmax reads its weights from a table. Keys take 1/32 of the bytes of float32.
+    Scores are counted bits. Keys take 1/32 of the bytes of float32.
 
     Args:
         query_bits: (B, H, N, ceil(D / 32)), uint32, as :func:`pack_signs` makes it.
