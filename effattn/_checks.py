@@ -43,11 +43,15 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
     raise ValueError(f"{op}: head_dim (last dimension of query) must be at least 1, got {query.shape[3]}")
 
 
-def parameter(op: str, name: str, tensor: Tensor, query: Tensor, like: str = "query") -> None:
+def floating(op: str, name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+
+
+def parameter(op: str, name: str, tensor: Tensor, query: Tensor, like: str = "query") -> None:
+    floating(op, name, tensor)
     if tensor.device != query.device:
         raise ValueError(f"{op}: {name} must be on {like}'s device {query.device}, got {tensor.device}")
 

@@ -95,10 +95,7 @@ def pack_signs(x: Tensor, *, backend: str = "auto") -> Tensor:
         9
     """
     op = "pack_signs"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    _checks.floating(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have at least one dimension, got {tuple(x.shape)}")
     backend = choose(op, backend, Problem(x.device.type, x.dtype, 1))
@@ -140,10 +137,7 @@ def add_matmul(packed: Tensor, dense: Tensor, *, values: str = "binary", backend
         tensor([[5.]])
     """
     op = "add_matmul"
-    if not isinstance(dense, Tensor):
-        raise TypeError(f"{op}: dense must be a Tensor, got {type(dense).__name__}")
-    if not dense.is_floating_point():
-        raise TypeError(f"{op}: dense must be floating point, got {dense.dtype}")
+    _checks.floating(op, "dense", dense)
     if dense.dim() < 2:
         raise ValueError(f"{op}: dense must have shape (..., K, N), got {tuple(dense.shape)}")
     length = dense.shape[-2]
@@ -251,10 +245,7 @@ def hamming_attention(
     """
     op = "hamming_attention"
     _checks.integer(op, "head_dim", head_dim, 1)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: value must be a Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{op}: value must be floating point, got {value.dtype}")
+    _checks.floating(op, "value", value)
     if value.dim() != 4 or value.shape[3] < 1:
         raise ValueError(f"{op}: value must have shape (B, H, M, Dv) with Dv >= 1, got {tuple(value.shape)}")
     for name, bits in (("query_bits", query_bits), ("key_bits", key_bits)):

@@ -139,10 +139,7 @@ def shift_linear_ste(
 
 def _linear(op: str, input, weight: PackedShiftWeight, dense: Tensor | None, bias, activation, backend) -> Tensor:
     outputs, columns = weight.shape
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
-    if not input.is_floating_point():
-        raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
+    _checks.floating(op, "input", input)
     if input.dim() < 1 or input.shape[-1] != columns:
         raise ValueError(f"{op}: input must have shape (..., {columns}), got {tuple(input.shape)}")
     if weight.device != input.device:
