@@ -151,6 +151,51 @@ def _shift_add(batch, heads, tokens, head_dim, binarize, small=False) -> Problem
     return Problem("shift_add_attention", shape, make, call, reference, small)
 
 
+def _stripes(batch, heads, grid, head_dim, stripe_width, small=False, **options) -> Problem:
+    operator = "stripe_attention" if "orientation" in options else "cross_shaped_window_attention"
+    details = "".join(f", {detail}" for detail in options.values())
+    options |= {"grid": grid, "stripe_width": stripe_width}
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, grid[0] * grid[1], head_dim, dtype, generator)
+        tensors["lepe_weight"] = torch.randn(heads * head_dim, 1, 3, 3, generator=generator) / 3
+        tensors["lepe_bias"] = torch.randn(heads * head_dim, generator=generator)
+        return tensors
+
+    def call(t, backend):
+        return getattr(effattn, operator)(**t, **options, backend=backend)
+
+    def reference(t):
+        return getattr(effattn.reference, operator)(**t, **options)
+
+    shape = (
+        f"{batch}x{heads}x{grid[0] * grid[1]}x{head_dim}, grid {grid[0]}x{grid[1]}, stripes of {stripe_width}{details}"
+    )
+    return Problem(operator, shape, make, call, reference, small)
+
+
+def _windows(batch, heads, grid, head_dim, window, small=False, **options) -> Problem:
+    shift, overlap = options.get("shift", 0), options.get("overlap", 0)
+    options |= {"grid": grid, "window": (window,) * 2, "shift": (shift,) * 2, "overlap": (overlap,) * 2}
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, grid[0] * grid[1], head_dim, dtype, generator)
+        return {**tensors, "bias_table": torch.randn((2 * window + 2 * overlap - 1) ** 2, heads, generator=generator)}
+
+    def call(t, backend):
+        return effattn.window_attention(**t, **options, backend=backend)
+
+    def reference(t):
+        return effattn.reference.window_attention(**t, **options)
+
+    details = {"windows of": window, "shift": shift, "overlap": overlap, "padding": options.get("padding")}
+    shape = f"{batch}x{heads}x{grid[0] * grid[1]}x{head_dim}, grid {grid[0]}x{grid[1]}"
+    shape += "".join(f", {name} {detail}" for name, detail in details.items() if detail)
+    return Problem("window_attention", shape, make, call, reference, small)
+
+
 def _shift_linear(rows, columns, outputs, bits, small=False) -> Problem:
     """Codes over the whole range of exponents, the same in every dtype."""
     generator = torch.Generator().manual_seed(4)
@@ -230,6 +275,17 @@ PROBLEMS = (
     _shift_add(2, 3, 196, 64, "sign"),
     _shift_add(1, 1, 3136, 64, "published"),
     _shift_add(1, 2, 300, 100, "per_head"),
+    _stripes(1, 2, (4, 3), 8, 2, small=True, padding="zero_key"),
+    _stripes(2, 2, (56, 56), 32, 1),
+    _stripes(2, 4, (14, 14), 32, 7),
+    _stripes(2, 4, (24, 24), 24, 12),
+    _stripes(1, 2, (30, 41), 32, 7, padding="zero_key"),
+    _stripes(1, 3, (30, 41), 46, 7, orientation="horizontal", padding="mask"),
+    _windows(1, 2, (4, 6), 8, 2, shift=1, small=True),
+    _windows(2, 3, (28, 28), 32, 7, shift=3),
+    _windows(1, 3, (25, 34), 32, 7, shift=3, padding="mask"),
+    _windows(1, 2, (48, 32), 30, 16, shift=8),
+    _windows(1, 2, (48, 32), 30, 16, overlap=4, bias_index="hat_oca"),
     _shift_linear(3, 40, 24, 4, small=True),
     _shift_linear(1, 1024, 1024, 4),
     _shift_linear(16, 1024, 1024, 5),

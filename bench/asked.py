@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from . import memory
+from . import cswin, memory, photographs
 from .bench_attention import ADDITIVE, ADDITIVE_3D
 from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
 from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
 from .overhead import STOCK
+from .window_peers import ON_WINDOWS
 
-MIXTURE = "gaussian_mixture"
+MIXTURE, WINDOWS = "gaussian_mixture", "cross_shaped_window"
 
 
 class Figure(NamedTuple):
@@ -43,6 +45,8 @@ def figures(report, *, build: bool) -> list[Figure]:
     found = _attention_figures(report) if measured & {MIXTURE, "attention"} else []
     if "shift_add" in measured:
         found += _shift_add_figures(report)
+    if WINDOWS in measured:
+        found += _window_figures(report)
     if MIXTURE in measured:
         found += _memory_figures(report.ceilings.threads)
     extra = None
@@ -137,6 +141,32 @@ def _shift_add_figures(report) -> list[Figure]:
             what = f"shift linear float {case.name}: time over F.linear"
             figures.append(Figure(what, 1.1, 1 / slower if slower else None, True))
     return figures
+
+
+def _window_figures(report) -> list[Figure]:
+    """Float32. Memory is of the forward pass, results included."""
+    rows = {(r.case, r.direction): r for r in report.rows if r.family == WINDOWS and r.dtype == torch.float32}
+
+    def extra(row, name) -> float | None:
+        result = row.results.get(name) if row else None
+        return result.memory / (4 * math.prod(row.case.output_shape)) if result and result.memory is not None else None
+
+    figures = []
+    for case in (case for case in families()[WINDOWS].cases if case.asked):
+        forward, backward = (rows.get((case, direction)) for direction in (FORWARD, BACKWARD))
+        for peer, bound in (("eager", 4.0), ("torch.compile", 2.0), (ON_WINDOWS, 2.0)):
+            ratio = forward.ratio(peer) if forward else None
+            figures.append(Figure(f"{case.label} forward: faster than {peer} by", bound, ratio, False))
+        ratio = backward.ratio("eager") if backward else None
+        figures.append(Figure(f"{case.label} forward+backward: faster than eager by", 2.0, ratio, False))
+        eager = extra(forward, "eager")
+        beside = f" (eager {eager:.1f})" if eager is not None else ""
+        figures.append(
+            Figure(f"{case.label} forward: extra memory over output{beside}", 1.2, extra(forward, OURS), True)
+        )
+    backbone = None if photographs.missing() else cswin.compare(effort=cswin.QUICK).ratio
+    what = "CSWin-T on photographs, batch 8: images/s over those of the eager formula"
+    return [*figures, Figure(what, 1.5, backbone, False)]
 
 
 def _memory_figures(threads: int) -> list[Figure]:

@@ -84,6 +84,7 @@ class Case:
     num_prefix_tokens: int = 0
     photograph: bool = False
     outputs: int = 0  # last dimension of the result, where it is not head_dim
+    window: int = 0  # side of a window or width of a stripe, in tokens
     asked: bool = False
     quick: bool = False
     trained: bool = False
@@ -126,10 +127,20 @@ class Operator(NamedTuple):
             return heads, torch.cat([self.reference(case, exact, head) for head in heads], 1)
 
 
+class Asked(NamedTuple):
+    """What ``--asked`` measures of a family's asked shapes; a family of many has to be brief."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    forward: tuple[str, ...] = ()  # contenders, where not all
+    backward: tuple[str, ...] = ()
+    seconds: float | None = None  # for the timed part of a row
+
+
 class Family(NamedTuple):
     name: str
     operators: dict[str, Operator]
     cases: tuple[Case, ...]
+    asked: Asked = Asked()
 
 
 @functools.cache

@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--asked",
         action="store_true",
-        help="the shapes that have a promised figure, each with pass or miss; with --quick fewer samples",
+        help="the shapes that have a promised figure, each with pass or miss; with --quick fewer samples, and "
+        "the C++ build is timed only without FAMILY",
     )
     parser.add_argument("--case", metavar="TEXT", help="only cases whose operator or name contains TEXT")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=(), help="only these contenders")
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.table(found))
     figures = []
     if options.asked:
-        figures = asked.figures(found, build=not options.quick)
+        figures = asked.figures(found, build=not options.quick and not options.family)
         print("\n" + asked.table(figures))
     if not found.complete:
         print("interrupted: nothing was written", file=sys.stderr)
@@ -88,7 +89,7 @@ def _plan(chosen: list[Family], options) -> Iterator[tuple[Family, Case, torch.d
         cases = [case for case in family.cases if _included(case, options)]
         for operator in family.operators:
             for direction in wanted:
-                for dtype in options.dtype or ("float32", "bfloat16"):
+                for dtype in options.dtype or (family.asked.dtypes if options.asked else ("float32", "bfloat16")):
                     for case in cases:
                         if case.operator != operator:
                             continue
@@ -138,7 +139,13 @@ def _measure(plan, options) -> report.Report:
                 planned = QUICK_START + QUICK_ROWS * sum(weights[:done]) / sum(weights)
                 behind = options.quick and not options.asked and time.monotonic() - started > planned
                 effort = QUICK if options.quick else FULL
-                how = {"device": options.device, "only": options.only, "progress": progress.step}
+                only = options.only
+                if options.asked:
+                    only = only or (family.asked.forward if direction == FORWARD else family.asked.backward)
+                    if family.asked.seconds:
+                        brief = min(effort.seconds, family.asked.seconds)
+                        effort = effort._replace(seconds=brief, fewest=QUICK.fewest)
+                how = {"device": options.device, "only": only, "progress": progress.step}
                 how["skip"] = _skip_compiling if behind else _skip_nothing
                 rows.append(run_row(family, case, dtype, direction, effort, **how))
                 progress.row_done()

@@ -36,17 +36,20 @@ def _images() -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def patches(batch: int, grid: tuple[int, int]) -> Tensor:
-    """(batch, h*w, 768): centre crops of the two photographs by turns, each pair mirrored relative to the last."""
-    images = _images()
-    height, width = grid[0] * PATCH, grid[1] * PATCH
+def images(batch: int, size: tuple[int, int]) -> Tensor:
+    """(batch, 3, height, width): centre crops of the two photographs by turns, each pair mirrored relative to the last."""
+    images, (height, width) = _images(), size
     zoom = max(height / images.shape[2], width / images.shape[3])
     size = (max(height, round(images.shape[2] * zoom)), max(width, round(images.shape[3] * zoom)))
     resized = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     crops = resized[:, :, top : top + height, left : left + width]
-    chosen = [crops[i % 2].flip(-1) if (i // 2) % 2 else crops[i % 2] for i in range(batch)]
-    return F.unfold(torch.stack(chosen), PATCH, stride=PATCH).transpose(1, 2)
+    return torch.stack([crops[i % 2].flip(-1) if (i // 2) % 2 else crops[i % 2] for i in range(batch)])
+
+
+def patches(batch: int, grid: tuple[int, int]) -> Tensor:
+    """(batch, h*w, 768)"""
+    return F.unfold(images(batch, (grid[0] * PATCH, grid[1] * PATCH)), PATCH, stride=PATCH).transpose(1, 2)
 
 
 def query_key_value(

@@ -9,6 +9,7 @@ COLOURS = {
     OURS: "#0f766e",
     "torch sdpa": "#8b9bb4",
     "flex": "#a7b4c8",
+    "sdpa on windows": "#b6c2d3",
     "torch.compile": "#c5cedb",
     "eager tuned": "#d3dae4",
     "eager": "#dfe4ec",
@@ -19,6 +20,7 @@ NAMES = {
     "eager": "eager formula",
     "eager tuned": "eager, tuned",
     "torch sdpa": "F.scaled_dot_product_attention",
+    "sdpa on windows": "SDPA on cut windows",
 }
 OPERATORS = {
     "gaussian_mixture": "Gaussian-mixture attention",
@@ -28,6 +30,9 @@ OPERATORS = {
     "additive mask (H,N,N)": "Attention with a per-head additive mask",
     "boolean mask": "Attention with a boolean mask",
     "causal": "Causal attention",
+    "cross_shaped_window": "Cross-shaped window attention (CSWin)",
+    "shifted_window": "Shifted window attention (Swin, HAT)",
+    "overlapping_window": "Overlapping window attention (HAT)",
 }
 TITLES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 

@@ -5,10 +5,11 @@ import importlib
 from . import nn, reference
 from ._registry import explain
 from ._version import __version__
-from .masks import GaussianMixtureMask, ShiftAdd, StructuredMask
+from .masks import CrossShapedWindow, GaussianMixtureMask, ShiftAdd, StructuredMask, Window
 from .ops import (
     add_matmul,
     binary_matmul,
+    cross_shaped_window_attention,
     gaussian_mixture_attention,
     hamming_attention,
     masked_product_attention,
@@ -16,17 +17,22 @@ from .ops import (
     scaled_dot_product_attention,
     shift_add_attention,
     shift_linear,
+    stripe_attention,
+    window_attention,
 )
 from .packed import PackedShiftWeight, quantize_power_of_two
 
 __all__ = [
+    "CrossShapedWindow",
     "GaussianMixtureMask",
     "PackedShiftWeight",
     "ShiftAdd",
     "StructuredMask",
+    "Window",
     "__version__",
     "add_matmul",
     "binary_matmul",
+    "cross_shaped_window_attention",
     "explain",
     "gaussian_mixture_attention",
     "hamming_attention",
@@ -39,6 +45,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",
+    "stripe_attention",
+    "window_attention",
 ]
 
 

@@ -63,13 +63,22 @@ def integer(op: str, name: str, value, minimum: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
 
 
+def pair_of_integers(op: str, name: str, value, minimum: int) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be a pair (height, width), got {value!r}")
+    for side, extent in zip(("height", "width"), value):
+        integer(op, f"{name} {side}", extent, minimum)
+    return value[0], value[1]
+
+
+def one_of(op: str, name: str, value, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 def grid_of_tokens(op: str, grid: tuple[int, int], tokens: int, num_prefix_tokens: int) -> tuple[int, int]:
     """Require ``num_prefix_tokens + h * w == tokens``; returns (h, w)."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise TypeError(f"{op}: grid must be a pair (height, width), got {grid!r}")
-    height, width = grid
-    integer(op, "grid height", height, 0)
-    integer(op, "grid width", width, 0)
+    height, width = pair_of_integers(op, "grid", grid, 0)
     integer(op, "num_prefix_tokens", num_prefix_tokens, 0)
     if num_prefix_tokens + height * width != tokens:
         raise ValueError(

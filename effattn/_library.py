@@ -96,7 +96,7 @@ class Operator:
         saved: what the forward returns beside the output, name -> (shape from query's shape); float32, batch first.
         saves_output: whether ``X_bwd`` takes the output too.
         mixes_batch: (tensors and options) -> whether an example's result depends on the rest of its batch.
-        flops: (query_shape, key_shape) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
+        flops: (query_shape, key_shape, *options) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Operator:
             self._fake_forward,
             family=family,
             vmap=lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch),
-            flops=lambda query, key, *args, **kwargs: self._flops(query, key),
+            flops=lambda query, key, *args, **kwargs: self._flops(query, key, *args[self.num_tensors - 2 :]),
         )
         # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
         shifted = frozenset(i + 1 for i in parameters)
@@ -146,7 +146,9 @@ class Operator:
                 1 + self.num_tensors + self.num_kept,
                 lambda grad_output, *args: bool(shifted) or mixes_batch(*args),
             ),
-            flops=lambda grad, query, key, *args, **kwargs: self._flops(query, key) * 5 // 2,
+            flops=lambda grad, query, key, *args, **kwargs: (
+                self._flops(query, key, *args[self.num_tensors + self.num_kept - 2 :]) * 5 // 2
+            ),
         )
         _operators[name] = self
         self.name = name
@@ -171,7 +173,7 @@ class Operator:
         )
 
 
-def _score_flops(query, key) -> int:
+def _score_flops(query, key, *options) -> int:
     """Two products of scores' size; a multiply-add is two."""
     batch, heads, length, head_dim = query
     return 4 * batch * heads * length * key[2] * head_dim

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .reference import mixture_mask
+from .reference import mixture_mask, window_mask
 
 
 class StructuredMask:
@@ -86,6 +87,153 @@ class GaussianMixtureMask(StructuredMask):
         return (
             f"GaussianMixtureMask(gaussians={gaussians}, heads={heads}, grid={self.grid}, "
             f"num_prefix_tokens={self.num_prefix_tokens})"
+        )
+
+
+class CrossShapedWindow(StructuredMask):
+    """Attention inside cross-shaped windows: vertical stripes for half of the heads, horizontal ones for the other.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=CrossShapedWindow(grid, stripe_width))`` equals
+    ``cross_shaped_window_attention(q, k, v, grid, stripe_width)``, which documents the arguments.
+
+    Args:
+        grid: (h, w), rows and columns of the token grid.
+        stripe_width: in tokens.
+        lepe_weight, lepe_bias: the depthwise convolution of value that is added to the output; they receive gradients.
+        padding: "error", "zero_key" or "mask".
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.cross_shaped_window_attention`.
+
+    Source:
+        CSWin Transformer, arXiv 2107.00652.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 16, 8)
+        >>> mask = effattn.CrossShapedWindow((4, 4), 2)
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        >>> dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.dense(2))
+        >>> torch.allclose(out, dense, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        stripe_width: int,
+        *,
+        lepe_weight: Tensor | None = None,
+        lepe_bias: Tensor | None = None,
+        padding: str = "error",
+    ):
+        self.grid, self.stripe_width, self.padding = grid, stripe_width, padding
+        self.lepe_weight, self.lepe_bias = lepe_weight, lepe_bias
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        return ops.cross_shaped_window_attention(
+            *(query, key, value, self.grid, self.stripe_width),
+            lepe_weight=self.lepe_weight,
+            lepe_bias=self.lepe_bias,
+            padding=self.padding,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+
+    def dense(self, heads: int = 2) -> Tensor:
+        """The additive mask of (heads, h*w, h*w): 0 inside a stripe, -inf outside; without LePE and zero keys."""
+        height, width = self.grid
+        stripes = ((height, self.stripe_width), (self.stripe_width, width))
+        windows = (self.grid, self.grid) if self.stripe_width >= max(self.grid) else stripes
+        masks = [Window(self.grid, window, lepe_weight=self.lepe_weight, padding=self.padding) for window in windows]
+        return torch.cat([mask.dense().expand(heads // 2, -1, -1) for mask in masks])
+
+    def __repr__(self) -> str:
+        return f"CrossShapedWindow(grid={self.grid}, stripe_width={self.stripe_width}, padding={self.padding!r})"
+
+
+class Window(StructuredMask):
+    """Attention inside the windows that tile a token grid: Swin's, shifted or not, and HAT's overlapping ones.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=Window(grid, window, ...))`` equals
+    ``window_attention(q, k, v, grid, window, ...)``, which documents the arguments.
+
+    Args:
+        grid: (h, w), rows and columns of the token grid.
+        window: (wh, ww), rows and columns of a window.
+        shift, overlap: of the windows, (rows, columns).
+        bias_table: relative position bias; receives a gradient.
+        bias_index: "swin" or "hat_oca".
+        lepe_weight, lepe_bias: the depthwise convolution of value that is added to the output; they receive gradients.
+        padding: "error", "zero_key" or "mask".
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.window_attention`.
+
+    Source:
+        Swin Transformer, arXiv 2103.14030; HAT, arXiv 2205.04437.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 16, 8)
+        >>> mask = effattn.Window((4, 4), (2, 2), shift=(1, 1), bias_table=torch.randn(9, 2))
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        >>> dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.dense())
+        >>> torch.allclose(out, dense, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        window: tuple[int, int],
+        *,
+        shift: tuple[int, int] = (0, 0),
+        overlap: tuple[int, int] = (0, 0),
+        bias_table: Tensor | None = None,
+        bias_index: str = "swin",
+        lepe_weight: Tensor | None = None,
+        lepe_bias: Tensor | None = None,
+        padding: str = "error",
+    ):
+        self.grid, self.window, self.shift, self.overlap = grid, window, shift, overlap
+        self.bias_table, self.bias_index = bias_table, bias_index
+        self.lepe_weight, self.lepe_bias, self.padding = lepe_weight, lepe_bias, padding
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        return ops.window_attention(
+            *(query, key, value, self.grid, self.window),
+            shift=self.shift,
+            overlap=self.overlap,
+            bias_table=self.bias_table,
+            bias_index=self.bias_index,
+            lepe_weight=self.lepe_weight,
+            lepe_bias=self.lepe_bias,
+            padding=self.padding,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+
+    def dense(self) -> Tensor:
+        """The additive mask, (h*w, h*w) or (H, h*w, h*w): the bias inside a window, -inf outside.
+
+        Raises:
+            NotImplementedError: with LePE, or where zero keys take part, no mask says the same.
+        """
+        whole = all(extent % size == 0 for extent, size in zip(self.grid, self.window)) and self.overlap == (0, 0)
+        if self.lepe_weight is not None or not (whole or self.padding == "mask"):
+            raise NotImplementedError(f"{self!r} adds to the output or has zero keys, so no dense mask is the same")
+        return window_mask(self.grid, self.window, self.shift, self.overlap, self.bias_table, self.bias_index)
+
+    def __repr__(self) -> str:
+        table = None if self.bias_table is None else tuple(self.bias_table.shape)
+        return (
+            f"Window(grid={self.grid}, window={self.window}, shift={self.shift}, overlap={self.overlap}, "
+            f"bias_table={table}, bias_index={self.bias_index!r}, padding={self.padding!r})"
         )
 
 

@@ -42,6 +42,9 @@ def test_table_covers_every_operator_and_every_gradient():
         "gaussian_mixture_attention": {"alpha", "sigma"},
         "masked_product_attention": {"weight"},
         "shift_add_attention": {"residual_weight"},
+        "cross_shaped_window_attention": {"lepe_weight", "lepe_bias"},
+        "stripe_attention": {"lepe_weight", "lepe_bias"},
+        "window_attention": {"bias_table"},
     }.items():
         assert tensors[op] == {"query", "key", "value", *expected}
 

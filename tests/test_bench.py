@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from effattn.bench import accuracy, cli, memory, photographs, report, runner
+from effattn.bench import accuracy, cli, cswin, memory, photographs, report, runner
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
 
 import effattn
@@ -20,6 +20,9 @@ CASES = [
 
 def small(case):
     """The same case on a few tokens."""
+    if case.window:
+        side = 4 if case.grid == (case.window, case.window) else 8
+        return dataclasses.replace(case, batch=2, heads=4, head_dim=8, grid=(side, side), tokens=side**2, window=4)
     grid = (3, 4) if case.grid else ()
     tokens = case.num_prefix_tokens + 12
     one_layer = case.operator == "linear"
@@ -182,3 +185,20 @@ def test_an_operator_out_of_its_budget_is_seen(factor):
         e for e in accuracy.measure("reference", dtypes=[torch.float32], problems=[problem]) if e.tensor == "output"
     )
     assert output.used > 1
+
+
+def test_the_two_backbones_of_cswin_share_weights_and_agree():
+    models = cswin.models(cswin.Architecture(width=16, depths=(1, 1, 1, 1), classes=10))
+    names = list(models[OURS].state_dict())
+    assert names == list(models["eager"].state_dict())
+    published = (
+        "stage1_conv_embed.2.bias",
+        "stage1.0.attns.1.get_v.weight",
+        "stage4.0.mlp.fc2.bias",
+        "merge3.norm.bias",
+    )
+    assert set(published) <= set(names)
+    assert "stage4.0.attns.1.get_v.weight" not in names
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(models[OURS](images), models["eager"](images), rtol=1e-4, atol=1e-4)

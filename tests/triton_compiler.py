@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, gaussian_mixture, shift_add
+from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, shift_add
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,6 +46,20 @@ OPERATIONS = (
     "shift_add_per_head",
     "shift_add_sign",
 )
+WINDOWS = {  # operation -> grid, window, second window, shift, overlap, mask_padding, bias, LePE
+    "window_swin_7": (56, (7, 7), (7, 7), 3, 0, False, True, False),  # 49 slots
+    "window_swin_12": (48, (12, 12), (12, 12), 6, 0, False, True, False),  # 144
+    "window_masked": (50, (7, 7), (7, 7), 3, 0, True, True, True),  # all that a small window may have
+    "window_masked_16": (50, (16, 16), (16, 16), 8, 0, True, True, True),  # all that a large one may have
+    "window_hat": (64, (16, 16), (16, 16), 8, 0, False, True, False),  # 256
+    "window_overlapping": (64, (16, 16), (16, 16), 0, 4, False, True, False),  # 256 queries, 576 keys
+    "window_stripes_1": (56, (56, 1), (1, 56), 0, 0, False, False, True),  # 56
+    "window_stripes_2": (48, (48, 2), (2, 48), 0, 0, False, False, True),  # 96
+    "window_stripes_7": (14, (14, 7), (7, 14), 0, 0, False, False, True),  # 98
+    "window_stripes_12": (24, (24, 12), (12, 24), 0, 0, False, False, True),  # 288
+    "window_whole_14": (14, (14, 14), (14, 14), 0, 0, False, False, True),  # 196
+}
+OPERATIONS += tuple(WINDOWS)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -66,10 +80,27 @@ def _run_linear(operation, dtype, rows):
     shift_add.shift_linear_bwd(make(rows, outputs, dtype=dtype), codes, scale, features, bits)
 
 
+def _run_windows(operation, dtype, head_dim):
+    """Forward and backward launchers of window attention at its published shape, batch 8 and 4 heads."""
+    grid, window, second, shift, overlap, mask_padding, has_bias, has_lepe = WINDOWS[operation]
+    batch, heads = 8, 4
+    query, key, value, grad_output = (make(batch, heads, grid * grid, head_dim, dtype=dtype) for _ in range(4))
+    rows, columns = (2 * size + 2 * overlap - 1 for size in window)
+    bias = make(heads, rows, columns, dtype=torch.float32) if has_bias else None
+    weight = make(heads, 9, head_dim, dtype=torch.float32) if has_lepe else None
+    lepe_bias = make(heads, head_dim, dtype=torch.float32) if has_lepe else None
+    tensors = (query, key, value, bias, weight, lepe_bias)
+    options = (grid, grid, *window, *second, shift, shift, overlap, overlap, mask_padding, head_dim**-0.5)
+    saved = cross_shaped_window.window_fwd(*tensors, *options)
+    cross_shaped_window.window_bwd(grad_output, *tensors, *saved, *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
         return _run_linear(operation, dtype, head_dim)
+    if operation in WINDOWS:
+        return _run_windows(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

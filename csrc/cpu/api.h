@@ -50,6 +50,25 @@ struct AttentionMask {
   bool is_causal;
 };
 
+// Heads below H / 2 have windows window_h[0] x window_w[0], the others window_h[1] x window_w[1] (windows.h). All
+// contiguous, null where absent: bias (H, 2 window_h + 2 overlap_h - 1, 2 window_w + 2 overlap_w - 1), of key minus
+// query; lepe_weight (H,9,D), lepe_bias (H,D).
+struct Windows {
+  int64_t grid_h, grid_w;
+  int64_t window_h[2], window_w[2];
+  int64_t shift_h, shift_w, overlap_h, overlap_w;
+  bool mask_padding;
+  const float* bias;
+  const float* lepe_weight;
+  const float* lepe_bias;
+};
+
+struct WindowsGrad {
+  float* bias;
+  float* lepe_weight;
+  float* lepe_bias;
+};
+
 // output = input W^T [* scale] [+ bias] with W (N,K) in power-of-two codes; input (1,1,M,K), output (1,1,M,N).
 // codes: bits <= 4: (N, ceil(K/2)), a nibble sign << 3 | e per weight, the even one low, 2^(e-7) or 0 for e = 0;
 // bits = 5: (N, K), the e5m2 pattern. scale, bias: (N) or null.

@@ -11,12 +11,15 @@
 namespace effattn::EFFATTN_ISA {
 namespace {
 
-class PlainPolicy {
+class PlainPolicy : public WholeSequence {
  public:
   using Arguments = AttentionMask;
 
   PlainPolicy(const AttentionForward& attention, const AttentionMask& mask)
-      : keys_(attention.key.size[2]), is_causal_(mask.is_causal), factor_(attention.scale * kLog2E) {}
+      : WholeSequence(attention),
+        keys_(attention.key.size[2]),
+        is_causal_(mask.is_causal),
+        factor_(attention.scale * kLog2E) {}
 
   int64_t rotation() const { return 0; }
   int64_t key_limit(int64_t row) const { return is_causal_ ? smaller(row + 1, keys_) : keys_; }
@@ -41,12 +44,12 @@ class PlainPolicy {
   const float factor_;
 };
 
-class BiasPolicy {
+class BiasPolicy : public WholeSequence {
  public:
   using Arguments = AttentionMask;
 
   BiasPolicy(const AttentionForward& attention, const AttentionMask& mask)
-      : bias_(mask.bias), keys_(attention.key.size[2]), factor_(attention.scale * kLog2E) {}
+      : WholeSequence(attention), bias_(mask.bias), keys_(attention.key.size[2]), factor_(attention.scale * kLog2E) {}
 
   int64_t rotation() const { return 0; }
   int64_t key_limit(int64_t) const { return keys_; }

@@ -22,142 +22,36 @@
 // Memory O(N): packed operands and fp32 gradients of one head per thread, fp32 dQ per chunk.
 #pragma once
 
-#include "pack.h"
-#include "policy.h"
-#include "scratch.h"
+#include "backward_tiles.h"
 
 namespace effattn::EFFATTN_ISA {
-
-inline constexpr int64_t kBackwardQueries = 96;
-inline constexpr int64_t kBackwardKeys =
-    192;  // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
-inline constexpr int64_t kTilePitch = kKeyBlock + 16;  // an odd number of cache lines: columns spread over all sets
-inline constexpr int64_t kFewestTasks = 16;
-static_assert(
-    kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
-
-struct BackwardScratch {
-  Buffer keys, queries, gradients, tiles;
-};
-
-inline BackwardScratch& backward_scratch() {
-  static thread_local BackwardScratch scratch;
-  return scratch;
-}
-
-// Blocks of kBackwardKeys keys dealt out to chunks of neighbours.
-struct KeyChunks {
-  int64_t keys, blocks, chunks;
-
-  KeyChunks(int64_t keys, int64_t independent_tasks)
-      : keys(keys), blocks(keys <= kKeyBlock ? 1 : (keys - kKeyBlock + kBackwardKeys - 1) / kBackwardKeys + 1) {
-    const int64_t wanted = (kFewestTasks + independent_tasks - 1) / larger(independent_tasks, 1);
-    chunks = larger(smaller(wanted, blocks), 1);
-  }
-  int64_t begin(int64_t chunk) const { return chunk * blocks / chunks * kBackwardKeys; }
-  int64_t end(int64_t chunk) const { return chunk + 1 == chunks ? keys : begin(chunk + 1); }
-};
-
-// C (rows x kVectors vectors) = or += A B, six rows at a time; rows are padded to kTileRows by the caller.
-template <class Arithmetic, int kVectors, bool kAdd, int kSums = 1>
-__attribute__((noinline)) void multiply_rows(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step,
-    const typename Arithmetic::Word* b, ptrdiff_t b_step, ptrdiff_t steps, float* c, ptrdiff_t c_row, ptrdiff_t rows) {
-  for (ptrdiff_t r = 0; r < rows; r += kTileRows, a += kTileRows * a_row, c += kTileRows * c_row)
-    multiply_tile<Arithmetic, kVectors, kSums>(
-        a, a_row, a_step, b, b_step, steps, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
-          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
-            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
-              float* to = c + i * c_row + v * kLanes;
-              store(to, kAdd ? load(to) + accumulator[i][v] : accumulator[i][v]);
-            }
-          }
-        });
-}
-
-// to[rows][count] = rows . panels, keys first .. first + count of a pack_transposed operand of `packed` keys. Summed
-// exactly as the forward sums its scores: then the rounding of S and of logsumexp cancels in P = exp(S - logsumexp),
-// which otherwise is the largest error of dV.
-template <class Arithmetic>
-struct PanelProduct {
-  using Word = typename Arithmetic::Word;
-  const Word* rows;
-  ptrdiff_t row_pitch;
-  int64_t row_count, depth;
-
-  void operator()(const Word* panels, int64_t packed, int64_t first, int64_t count, float* to) const {
-    constexpr int kVectors = kChainedVectors<Arithmetic>;
-    for (int64_t column = 0; column < count; column += kTileColumns) {
-      const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);
-      const Word* panel = panels + (first + column) * depth;
-      const int64_t vectors = round_up(smaller(kTileColumns, count - column), kLanes) / kLanes;
-      for (int64_t v = 0; v < vectors; v += kVectors)
-        columns<kVectors>(vectors - v, panel + v * kLanes, width, to + column + v * kLanes);
-    }
-  }
-
-  template <int kVectors>
-  EFFATTN_INLINE void columns(int64_t vectors, const Word* panel, int64_t width, float* to) const {
-    if (vectors >= kVectors)
-      multiply_rows<Arithmetic, kVectors, false, kChains<Arithmetic>>(
-          rows, row_pitch, 1, panel, width, depth, to, kTilePitch, row_count);
-    else if constexpr (kVectors > 1)
-      columns<kVectors - 1>(vectors, panel, width, to);
-  }
-};
-
-// A row with nothing to attend to gets P = exp2(-inf) = 0.
-EFFATTN_INLINE float usable_logsumexp(float logsumexp) { return logsumexp == -INFINITY ? INFINITY : logsumexp; }
-
-// delta = dO . O of rows, each summed in the order in which PanelProduct sums dO V^T: where one key dominates a row, O
-// is nearly its value, and the rounding of dP - delta cancels as it does in eager's softmax backward.
-template <int kSums>
-inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_t head, int64_t row, int64_t rows,
-    int64_t rotation, float* delta) {
-  const int64_t head_dim = arguments.query.size[3];
-  alignas(64) float output[kLanes * kMaxHeadDim], gradient[kLanes * kMaxHeadDim];
-  for (int64_t first = 0; first < rows; first += kLanes) {
-    const int64_t count = smaller(kLanes, rows - first);
-    pack_transposed<Float32>(output, matrix_at(arguments.output, batch, head, row + first, rotation), count, head_dim);
-    pack_transposed<Float32>(
-        gradient, matrix_at(arguments.grad_output, batch, head, row + first, rotation), count, head_dim);
-    Vec sums[kSums] = {};
-    int64_t d = 0;
-    for (; d + kSums <= head_dim; d += kSums)
-      EFFATTN_UNROLL for (int c = 0; c < kSums; ++c) sums[c] =
-          fma(load(gradient + (d + c) * kLanes), load(output + (d + c) * kLanes), sums[c]);
-    if constexpr (kSums == 2) sums[0] += sums[1];
-    for (; d < head_dim; ++d) sums[0] = fma(load(gradient + d * kLanes), load(output + d * kLanes), sums[0]);
-    store_partial(delta + first, sums[0], count);
-  }
-}
-
-// The parameter gradient of families that have none.
-struct NoParameterGradient {
-  static constexpr bool kActive = false;
-  NoParameterGradient() = default;
-  template <class Policy>
-  NoParameterGradient(const Policy&, const NoParameterGradient&) {}
-};
-
-template <class Arithmetic>
-EFFATTN_INLINE void store_pair(typename Arithmetic::Word* to, Vec even, Vec odd) {
-#if EFFATTN_HAS_BFLOAT16_DOT
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-      24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
-#endif
-}
 
 // Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the
 // slope is scale * log2 e everywhere; using Sink: NoParameterGradient, or one per thread with
 //   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task).
+//
+// A family of windows says so (kWindows) and has tasks of its own, WindowChunks: a task is (head, chunk of the windows
+// of all images). Each window is one problem that no other task shares, its dQ, dK and dV are stored at once; its rows
+// are whole, however many keys they have, so blocks of queries get smaller as rows get longer. Its sink has
+//   begin(task), enter(batch, head, rows), row(row, i) -> where dLogit of a row is added or null, fold(row, rows),
+//   leave(dV), share_keys(batch, head, window, dK, dV, factor) where windows overlap, end().
+template <bool kWindows>
+struct TasksOf {
+  using Type = KeyChunks;
+};
+template <>
+struct TasksOf<true> {
+  using Type = WindowChunks;
+};
+
 template <class Arithmetic, class Family>
 class Backward {
   using Word = typename Arithmetic::Word;
   using Policy = typename Family::Policy;
   using Sink = typename Family::Sink;
   static constexpr int kPair = Arithmetic::kPerWord;
+  static constexpr bool kWindows = requires { Family::kWindows; };
+  using Tasks = typename TasksOf<kWindows>::Type;
 
  public:
   struct Shared {
@@ -165,7 +59,7 @@ class Backward {
     const AttentionForward& forward;
     const typename Policy::Arguments& parameters;
     const typename Family::SinkArguments& sink;
-    KeyChunks chunks;
+    Tasks chunks;
     float* chunk_grad_query;  // [key head][batch][chunk][head of the group][padded queries][pitch]; null with one chunk
   };
 
@@ -174,16 +68,21 @@ class Backward {
         arguments_(shared.arguments),
         policy_(shared.forward, shared.parameters),
         sink_(policy_, shared.sink),
-        queries_(arguments_.query.size[2]),
         head_dim_(arguments_.query.size[3]),
         depth_(words<Arithmetic>(head_dim_)),
         row_pitch_(round_up(depth_, kLanes)),
         pitch_(round_up(head_dim_, kLanes)),
-        padded_queries_(round_up(queries_, kTileRows)),
-        whole_rows_(shared.chunks.blocks == 1) {
-    int64_t longest = 0;
-    for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk)
-      longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
+        most_queries_(round_up(policy_.largest().queries, kTileRows)),
+        tile_pitch_(kWindows ? odd_lines(policy_.largest().keys) : kTilePitch),
+        block_queries_(kWindows ? queries_per_block(tile_pitch_) : kBackwardQueries) {
+    int64_t longest = policy_.largest().keys;
+    whole_rows_ = true;
+    if constexpr (!kWindows) {
+      whole_rows_ = shared.chunks.blocks == 1;
+      longest = 0;
+      for (int64_t chunk = 0; chunk < shared.chunks.chunks; ++chunk)
+        longest = larger(longest, shared.chunks.end(chunk) - shared.chunks.begin(chunk));
+    }
     BackwardScratch& scratch = backward_scratch();
     const int64_t transposed = transposed_words<Arithmetic>(longest, head_dim_);
     keys_transposed_ =
@@ -191,89 +90,113 @@ class Backward {
     values_transposed_ = keys_transposed_ + transposed;
     keys_natural_ = values_transposed_ + transposed;
 
-    const int64_t rows = padded_queries_ * row_pitch_, natural = kPair == 1 ? 0 : words<Arithmetic>(queries_) * pitch_;
-    query_rows_ = scratch.queries.template reserve<Word>(2 * rows + 2 * natural + 2 * padded_queries_ + kLanes);
+    const int64_t rows = most_queries_ * row_pitch_,
+                  natural = kPair == 1 ? 0 : words<Arithmetic>(most_queries_) * pitch_;
+    query_rows_ = scratch.queries.template reserve<Word>(2 * rows + 2 * natural + 2 * most_queries_ + kLanes);
     grad_output_rows_ = query_rows_ + rows;
     query_natural_ = kPair == 1 ? query_rows_ : grad_output_rows_ + rows;
     grad_output_natural_ = kPair == 1 ? grad_output_rows_ : query_natural_ + natural;
     logsumexp_ = reinterpret_cast<float*>(grad_output_rows_ + rows + 2 * natural);
-    delta_ = logsumexp_ + padded_queries_;
+    delta_ = logsumexp_ + most_queries_;
 
     const int64_t key_rows = (longest + kTileRows) * pitch_;
     grad_key_ = scratch.gradients.template reserve<float>(
-        2 * key_rows + (shared.chunk_grad_query ? 0 : padded_queries_ * pitch_));
+        2 * key_rows + (shared.chunk_grad_query ? 0 : most_queries_ * pitch_));
     grad_value_ = grad_key_ + key_rows;
     key_gradient_floats_ = 2 * key_rows;
     grad_query_ = grad_value_ + key_rows;
 
-    constexpr int64_t kTile = kBackwardQueries * kTilePitch + kLanes;
-    scores_ = scratch.tiles.template reserve<float>(2 * kTile + kTileRows * kTilePitch + (kPair == 1 ? 0 : 3 * kTile));
-    grad_scores_ = scores_ + kTile;
-    weights_ = grad_scores_ + kTile;
+    const int64_t tile = smaller(block_queries_, most_queries_) * tile_pitch_ + kLanes;
+    scores_ = scratch.tiles.template reserve<float>(2 * tile + kTileRows * tile_pitch_ + (kPair == 1 ? 0 : 3 * tile));
+    grad_scores_ = scores_ + tile;
+    weights_ = grad_scores_ + tile;
     if constexpr (kPair == 1) {
       weights_by_key_ = scores_;
       grad_scores_by_key_ = grad_scores_by_query_ = grad_scores_;
     } else {
-      weights_by_key_ = reinterpret_cast<Word*>(weights_ + kTileRows * kTilePitch);
-      grad_scores_by_key_ = weights_by_key_ + kTile;
-      grad_scores_by_query_ = grad_scores_by_key_ + kTile;
+      weights_by_key_ = reinterpret_cast<Word*>(weights_ + kTileRows * tile_pitch_);
+      grad_scores_by_key_ = weights_by_key_ + tile;
+      grad_scores_by_query_ = grad_scores_by_key_ + tile;
     }
   }
 
   static int64_t pitch(const AttentionBackward& arguments) { return round_up(arguments.query.size[3], kLanes); }
 
   void run(int64_t begin, int64_t end) {
-    const int64_t chunks = shared_.chunks.chunks, batches = arguments_.query.size[0];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task % chunks, batch = task / chunks % batches, key_head = task / chunks / batches;
-      run_task(task, key_head, batch, shared_.chunks.begin(chunk), shared_.chunks.end(chunk));
+      if constexpr (kWindows)
+        run_windows(task);
+      else
+        run_chunk(task);
     }
     BackwardScratch& scratch = backward_scratch();
     scratch.keys.trim();
     scratch.queries.trim();
     scratch.gradients.trim();
+    scratch.tiles.trim();
   }
 
  private:
-  void run_task(int64_t task, int64_t key_head, int64_t batch, int64_t first_key, int64_t end_key) {
-    const int64_t rotation = policy_.rotation(), group = arguments_.query.size[1] / arguments_.key.size[1],
-                  count = end_key - first_key;
-    const Matrix keys = matrix_at(arguments_.key, batch, key_head, first_key, rotation);
-    pack_transposed<Arithmetic>(keys_transposed_, keys, count, head_dim_);
-    pack_natural<Arithmetic>(keys_natural_, pitch_, keys, count, head_dim_);
-    pack_transposed<Arithmetic>(
-        values_transposed_, matrix_at(arguments_.value, batch, key_head, first_key, rotation), count, head_dim_);
-    memset(grad_key_, 0, key_gradient_floats_ * sizeof(float));
-    first_key_ = first_key;
-    chunk_keys_ = count;
-    if constexpr (Sink::kActive) sink_.begin(task);
+  // The smallest pitch of an odd number of cache lines.
+  static int64_t odd_lines(int64_t keys) { return (round_up(keys, 16) / 16 | 1) * 16; }
+  // As many as make a tile of the usual size.
+  static int64_t queries_per_block(int64_t tile_pitch) {
+    return larger(kBackwardQueries * kTilePitch / tile_pitch / kTileRows, 1) * kTileRows;
+  }
 
-    const int64_t query_floats = padded_queries_ * pitch_;
+  void run_chunk(int64_t task) {
+    const int64_t chunks = shared_.chunks.chunks, batches = arguments_.query.size[0];
+    const int64_t chunk = task % chunks, batch = task / chunks % batches, key_head = task / chunks / batches;
+    const int64_t first_key = shared_.chunks.begin(chunk), end_key = shared_.chunks.end(chunk);
+    const int64_t group = arguments_.query.size[1] / arguments_.key.size[1];
+    const IndexSet rows = policy_.rows(key_head * group, 0);
+    if constexpr (Sink::kActive) sink_.begin(task);
+    prepare_keys(batch, key_head, rows, first_key, end_key - first_key);
+    limited_ = rows.queries == 0 || first_key == end_key || policy_.key_limit(0) < end_key;
+    if (limited_) memset(grad_key_, 0, key_gradient_floats_ * sizeof(float));
     for (int64_t member = 0; member < group; ++member) {
       const int64_t head = key_head * group + member;
-      prepare_queries(batch, head);
+      prepare_queries(batch, head, rows);
       policy_.enter(batch, head);
+      const int64_t query_floats = round_up(rows.queries, kTileRows) * pitch_;
       if (shared_.chunk_grad_query) grad_query_ = shared_.chunk_grad_query + (task * group + member) * query_floats;
-      memset(grad_query_, 0, query_floats * sizeof(float));
+      if (limited_) memset(grad_query_, 0, query_floats * sizeof(float));
       for (int64_t key = first_key; key < end_key;) {
         const int64_t block = end_key - key <= kKeyBlock ? end_key - key : kBackwardKeys;
-        for (int64_t row = 0; row < queries_; row += kBackwardQueries)
-          tile_pair(row, smaller(kBackwardQueries, queries_ - row), key, block);
+        for (int64_t row = 0; row < queries_; row += block_queries_)
+          tile_pair(row, smaller(block_queries_, queries_ - row), key, block, member > 0 || row > 0);
         key += block;
       }
-      if (!shared_.chunk_grad_query) {
-        const Matrix to = matrix_at(arguments_.grad_query, batch, head, 0, rotation);
-        for (int64_t r = 0; r < queries_; ++r)
-          store_row(to, r, grad_query_ + r * pitch_, gradient_factor(arguments_), head_dim_);
-      }
+      if (!shared_.chunk_grad_query) store_queries(batch, head, rows);
     }
-    const Matrix to_key = matrix_at(arguments_.grad_key, batch, key_head, first_key, rotation);
-    const Matrix to_value = matrix_at(arguments_.grad_value, batch, key_head, first_key, rotation);
-    for (int64_t r = 0; r < count; ++r) {
-      store_row(to_key, r, grad_key_ + r * pitch_, gradient_factor(arguments_), head_dim_);
-      store_row(to_value, r, grad_value_ + r * pitch_, broadcast(1.f), head_dim_);
-    }
+    store_keys(batch, key_head, rows);
     if constexpr (Sink::kActive) sink_.end(task);
+  }
+
+  void run_windows(int64_t task) {
+    const WindowChunks& chunks = shared_.chunks;
+    const int64_t head = task / chunks.chunks, chunk = task % chunks.chunks, windows = policy_.windows(head);
+    sink_.begin(task);
+    for (int64_t problem = chunks.begin(chunk, windows); problem < chunks.begin(chunk + 1, windows); ++problem) {
+      const int64_t batch = chunks.batch(problem, windows), window = chunks.window(problem, windows);
+      const IndexSet rows = policy_.rows(head, window);
+      if (rows.queries == 0) continue;
+      policy_.enter(batch, head);
+      prepare_keys(batch, head, rows, 0, rows.keys);
+      prepare_queries(batch, head, rows);
+      sink_.enter(batch, head, rows);
+      const int64_t blocks = (queries_ + block_queries_ - 1) / block_queries_;
+      const int64_t block = round_up((queries_ + blocks - 1) / blocks, kTileRows);
+      for (int64_t row = 0; row < queries_; row += block)
+        tile_pair(row, smaller(block, queries_ - row), 0, rows.keys, row > 0);
+      sink_.leave(grad_value_);
+      store_queries(batch, head, rows);
+      if (chunks.by_image)
+        sink_.share_keys(batch, head, window, grad_key_, grad_value_, gradient_factor(arguments_));
+      else
+        store_keys(batch, head, rows);
+    }
+    sink_.end();
   }
 
  public:
@@ -283,75 +206,109 @@ class Backward {
   }
 
  private:
-  void prepare_queries(int64_t batch, int64_t head) {
+  void prepare_keys(int64_t batch, int64_t key_head, const IndexSet& rows, int64_t first_key, int64_t count) {
     const int64_t rotation = policy_.rotation();
-    const Matrix query = matrix_at(arguments_.query, batch, head, 0, rotation);
-    const Matrix grad_output = matrix_at(arguments_.grad_output, batch, head, 0, rotation);
-    pack_rows<Arithmetic>(query_rows_, row_pitch_, query, queries_, padded_queries_, head_dim_);
-    pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, grad_output, queries_, padded_queries_, head_dim_);
+    const Matrix keys = matrix_at(arguments_.key, batch, key_head, first_key, rotation, rows.key_tokens);
+    const Matrix values = matrix_at(arguments_.value, batch, key_head, first_key, rotation, rows.key_tokens);
+    pack_transposed<Arithmetic>(keys_transposed_, keys, count, head_dim_);
+    pack_natural<Arithmetic>(keys_natural_, pitch_, keys, count, head_dim_);
+    pack_transposed<Arithmetic>(values_transposed_, values, count, head_dim_);
+    first_key_ = first_key;
+    chunk_keys_ = count;
+  }
+
+  void prepare_queries(int64_t batch, int64_t head, const IndexSet& rows) {
+    const int64_t rotation = policy_.rotation(), tokens = arguments_.query.size[2];
+    queries_ = rows.queries;
+    const int64_t padded = round_up(queries_, kTileRows);
+    const Matrix query = matrix_at(arguments_.query, batch, head, 0, rotation, rows.query_tokens);
+    const Matrix grad_output = matrix_at(arguments_.grad_output, batch, head, 0, rotation, rows.query_tokens);
+    pack_rows<Arithmetic>(query_rows_, row_pitch_, query, queries_, padded, head_dim_);
+    pack_rows<Arithmetic>(grad_output_rows_, row_pitch_, grad_output, queries_, padded, head_dim_);
     if constexpr (kPair > 1) {
       pack_natural<Arithmetic>(query_natural_, pitch_, query, queries_, head_dim_);
       pack_natural<Arithmetic>(grad_output_natural_, pitch_, grad_output, queries_, head_dim_);
     }
-    const float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * queries_;
+    const float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens;
     for (int64_t r = 0; r < queries_; ++r) {
-      const int64_t token = r + rotation < queries_ ? r + rotation : r + rotation - queries_;
-      logsumexp_[r] = usable_logsumexp(logsumexp[token]);
+      const int64_t token = rows.query_tokens ? rows.query_tokens[r] : r + rotation;
+      logsumexp_[r] = usable_logsumexp(logsumexp[token < tokens ? token : token - tokens]);
     }
     if (!whole_rows_) row_deltas<kChains<Arithmetic>>(arguments_, batch, head, 0, queries_, rotation, delta_);
-    for (int64_t r = queries_; r < padded_queries_; ++r) {
+    for (int64_t r = queries_; r < padded; ++r) {
       logsumexp_[r] = INFINITY;
       delta_[r] = 0.f;
     }
   }
 
-  // Both tiles of one block of queries and one of keys, and all five products.
-  void tile_pair(int64_t row, int64_t rows, int64_t key, int64_t block) {
+  void store_queries(int64_t batch, int64_t head, const IndexSet& rows) const {
+    const Matrix to = matrix_at(arguments_.grad_query, batch, head, 0, policy_.rotation(), rows.query_tokens);
+    const Vec factor = gradient_factor(arguments_);
+    for (int64_t r = 0; r < queries_; ++r) store_row(to, r, grad_query_ + r * pitch_, factor, head_dim_);
+  }
+
+  void store_keys(int64_t batch, int64_t key_head, const IndexSet& rows) const {
+    const Matrix to_key =
+        matrix_at(arguments_.grad_key, batch, key_head, first_key_, policy_.rotation(), rows.key_tokens);
+    const Matrix to_value =
+        matrix_at(arguments_.grad_value, batch, key_head, first_key_, policy_.rotation(), rows.key_tokens);
+    const Vec factor = gradient_factor(arguments_);
+    for (int64_t r = 0; r < chunk_keys_; ++r) {
+      store_row(to_key, r, grad_key_ + r * pitch_, factor, head_dim_);
+      store_row(to_value, r, grad_value_ + r * pitch_, broadcast(1.f), head_dim_);
+    }
+  }
+
+  // Both tiles of one block of queries and one of keys, and all five products. Unless some rows see fewer keys, what
+  // comes first writes its gradients and what follows adds to them.
+  void tile_pair(int64_t row, int64_t rows, int64_t key, int64_t block, bool add_to_keys) {
     const int64_t visible = policy_.key_limit(row + rows - 1) - key;
     if (visible <= 0) return;
     // Micro-tiles of 6 keys never run into the next block's keys with columns that this pass has not written: 48 is a
     // multiple of both 6 and kLanes.
     const int64_t count = smaller(block, round_up(visible, 48));
-    const int64_t padded_rows = round_up(rows, kTileRows), padded_keys = round_up(count, kTileRows),
+    const int64_t padded_rows = round_up(rows, kRowStep), padded_keys = round_up(count, kRowStep),
                   local = key - first_key_;
-    const PanelProduct<Arithmetic> scores = {query_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
+    const PanelProduct<Arithmetic> scores = {
+        query_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_, tile_pitch_};
     const PanelProduct<Arithmetic> grad_scores = {
-        grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_};
+        grad_output_rows_ + row * row_pitch_, row_pitch_, padded_rows, depth_, tile_pitch_};
     scores(keys_transposed_, chunk_keys_, local, count, scores_);
     grad_scores(values_transposed_, chunk_keys_, local, count, grad_scores_);
     for (int64_t first = 0; first < rows; first += kQueryBlock) {
       policy_.stage(row + first, smaller(kQueryBlock, rows - first), key, count);
-      for (int64_t r = first; r < smaller(first + kQueryBlock, padded_rows); r += kTileRows)
-        differentiate(row, r, key, count);
+      for (int64_t r = first; r < smaller(first + kQueryBlock, rows); r += kTileRows)
+        differentiate(row, r, smaller(kTileRows, rows - r), key, count);
     }
     const int64_t query_steps = words<Arithmetic>(rows), key_steps = words<Arithmetic>(count);
-    by_natural(weights_by_key_, 1, kTilePitch, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps,
-        grad_value_ + local * pitch_);
-    by_natural(grad_scores_by_key_, 1, kTilePitch, padded_keys, query_natural_ + row / kPair * pitch_, query_steps,
-        grad_key_ + local * pitch_);
-    by_natural(grad_scores_by_query_, kTilePitch / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_,
-        key_steps, grad_query_ + row * pitch_);
+    by_natural(weights_by_key_, 1, tile_pitch_, padded_keys, grad_output_natural_ + row / kPair * pitch_, query_steps,
+        grad_value_ + local * pitch_, add_to_keys || limited_);
+    by_natural(grad_scores_by_key_, 1, tile_pitch_, padded_keys, query_natural_ + row / kPair * pitch_, query_steps,
+        grad_key_ + local * pitch_, add_to_keys || limited_);
+    by_natural(grad_scores_by_query_, tile_pitch_ / kPair, 1, padded_rows, keys_natural_ + local / kPair * pitch_,
+        key_steps, grad_query_ + row * pitch_, local > 0 || limited_);
   }
 
-  // to[rows][head_dim] += A . B
-  void by_natural(
-      const Word* a, ptrdiff_t a_row, ptrdiff_t a_step, int64_t row_count, const Word* b, int64_t steps, float* to) {
+  // to[rows][head_dim] = or += A . B
+  void by_natural(const Word* a, ptrdiff_t a_row, ptrdiff_t a_step, int64_t row_count, const Word* b, int64_t steps,
+      float* to, bool add) {
     for_each_column_tile(pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
-      multiply_rows<Arithmetic, vectors.value, true>(
-          a, a_row, a_step, b + column, pitch_, steps, to + column, pitch_, row_count);
+      (add ? multiply_rows<Arithmetic, vectors.value, true> : multiply_rows<Arithmetic, vectors.value, false>)(a, a_row,
+          a_step, b + column, pitch_, steps, to + column, pitch_, row_count);
     });
   }
 
-  // S, dP -> P, dS for six rows.
-  void differentiate(int64_t row, int64_t r, int64_t key, int64_t count) {
+  // S, dP -> P, dS for up to six rows.
+  void differentiate(int64_t row, int64_t r, int64_t rows, int64_t key, int64_t count) {
     const int64_t vectors = (count + kLanes - 1) / kLanes;
     const int64_t plain_keys = smaller(policy_.plain_keys(row + r) - key, count);
     const int64_t plain = plain_keys <= 0 ? 0 : plain_keys / kLanes;
+    live_ = round_up(rows, kPair);
     if (whole_rows_) {
       Vec sum[kTileRows] = {}, product[kTileRows] = {};
       if (plain > 0) weigh<true>(row, r, key, count, 0, plain, sum, product);
       if (plain < vectors) weigh<false>(row, r, key, count, plain, vectors, sum, product);
-      for (int i = 0; i < kTileRows; ++i) {
+      for (int i = 0; i < live_; ++i) {
         const float total = reduce_add(sum[i]);
         inverse_[i] = total > 0.f ? 1.f / total : 0.f;
         delta_[row + r + i] = reduce_add(product[i]) * inverse_[i];
@@ -362,6 +319,7 @@ class Backward {
       if (plain > 0) differentiate_vectors<true, false>(row, r, key, count, 0, plain);
       if (plain < vectors) differentiate_vectors<false, false>(row, r, key, count, plain, vectors);
     }
+    if constexpr (kWindows) sink_.fold(row + r, rows);
   }
 
   template <bool kPlain, class Tile>
@@ -378,10 +336,10 @@ class Backward {
   __attribute__((noinline)) void weigh(
       int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last, Vec* sums, Vec* products) {
     const auto tile = policy_.template tile<kPlain>(row + r, key);
-    for (int i = 0; i < kTileRows; ++i) {
-      const float* scores = scores_ + (r + i) * kTilePitch;
-      const float* grad_scores = grad_scores_ + (r + i) * kTilePitch;
-      float* weights = weights_ + i * kTilePitch;
+    for (int i = 0; i < live_; ++i) {
+      const float* scores = scores_ + (r + i) * tile_pitch_;
+      const float* grad_scores = grad_scores_ + (r + i) * tile_pitch_;
+      float* weights = weights_ + i * tile_pitch_;
       const Vec logsumexp = broadcast(logsumexp_[row + r + i]);
       const int64_t limit = smaller(policy_.key_limit(row + r + i) - key, count);
       Vec sum = sums[i], product = products[i];
@@ -400,39 +358,45 @@ class Backward {
   __attribute__((noinline)) void differentiate_vectors(
       int64_t row, int64_t r, int64_t key, int64_t count, int64_t first, int64_t last) {
     const auto tile = policy_.template tile<kPlain>(row + r, key);
-    for (int i = 0; i < kTileRows; i += kPair) {
-      float* scores = scores_ + (r + i) * kTilePitch;
-      float* grad_scores = grad_scores_ + (r + i) * kTilePitch;
+    for (int i = 0; i < live_; i += kPair) {
+      float* scores = scores_ + (r + i) * tile_pitch_;
+      float* grad_scores = grad_scores_ + (r + i) * tile_pitch_;
       Vec total[kPair], delta[kPair];
       int64_t limit[kPair];
+      float* to[kPair] = {};
       EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
         total[p] = broadcast(kWeighed ? inverse_[i + p] : logsumexp_[row + r + i + p]);
         delta[p] = broadcast(delta_[row + r + i + p]);
         limit[p] = smaller(policy_.key_limit(row + r + i + p) - key, count);
+        if constexpr (kWindows) to[p] = sink_.row(row + r + i + p, i + p);
       }
       for (int64_t v = first; v < last; ++v) {
         Vec w[kPair], grad_score[kPair];
         EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
-          const int64_t at = p * kTilePitch + v * kLanes;
+          const int64_t at = p * tile_pitch_ + v * kLanes;
           const Vec score = load(scores + at);
           const Vec slope = Family::kMultiplies ? tile.transform(broadcast(1.f), i + p, v) : Vec{};
           if constexpr (kWeighed)
-            w[p] = load(weights_ + i * kTilePitch + at) * total[p];
+            w[p] = load(weights_ + i * tile_pitch_ + at) * total[p];
           else
             w[p] = weight<kPlain>(tile, score, i + p, v, total[p], limit[p]);
           const Vec grad_logit = w[p] * (load(grad_scores + at) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
-          if constexpr (Sink::kActive) sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
+          if constexpr (kWindows) {
+            if (to[p]) store(to[p] + v * kLanes, load(to[p] + v * kLanes) + grad_score[p]);
+          } else if constexpr (Sink::kActive) {
+            sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
+          }
           if constexpr (kPair == 1) {
             store(scores + at, w[p]);
             store(grad_scores + at, grad_score[p]);
           } else {
-            store_float(reinterpret_cast<bfloat16*>(grad_scores_by_query_) + (r + i) * kTilePitch + at, grad_score[p]);
+            store_float(reinterpret_cast<bfloat16*>(grad_scores_by_query_) + (r + i) * tile_pitch_ + at, grad_score[p]);
           }
         }
         if constexpr (kPair == 2) {
-          const int64_t at = (r + i) / 2 * kTilePitch + v * kLanes;
+          const int64_t at = (r + i) / 2 * tile_pitch_ + v * kLanes;
           store_pair<Arithmetic>(weights_by_key_ + at, w[0], w[1]);
           store_pair<Arithmetic>(grad_scores_by_key_ + at, grad_score[0], grad_score[1]);
         }
@@ -444,9 +408,9 @@ class Backward {
   const AttentionBackward& arguments_;
   Policy policy_;
   Sink sink_;
-  const int64_t queries_, head_dim_, depth_, row_pitch_, pitch_, padded_queries_;
-  const bool whole_rows_;
-  int64_t first_key_ = 0, chunk_keys_ = 0, key_gradient_floats_ = 0;
+  const int64_t head_dim_, depth_, row_pitch_, pitch_, most_queries_, tile_pitch_, block_queries_;
+  bool whole_rows_, limited_ = false;
+  int64_t queries_ = 0, first_key_ = 0, chunk_keys_ = 0, key_gradient_floats_ = 0, live_ = 0;
   Word* keys_transposed_;
   Word* values_transposed_;
   Word* keys_natural_;
@@ -467,6 +431,21 @@ class Backward {
   float* weights_;
   float inverse_[kTileRows];
 };
+
+template <class Arithmetic, class Family>
+inline void backward_windows(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters,
+    const WindowChunks& chunks, const typename Family::SinkArguments& sink, double flops, const Runtime& runtime) {
+  using Engine = Backward<Arithmetic, Family>;
+  const AttentionForward forward = {arguments.query, arguments.key, arguments.value, arguments.output,
+      const_cast<float*>(arguments.logsumexp), arguments.scale};
+  typename Engine::Shared shared = {arguments, forward, parameters, sink, chunks, nullptr};
+  run_items(
+      runtime, arguments.query.size[1] * chunks.chunks, flops,
+      [](int64_t begin, int64_t end, void* context) {
+        Engine(*static_cast<typename Engine::Shared*>(context)).run(begin, end);
+      },
+      &shared);
+}
 
 template <class Arithmetic, class Family>
 inline void backward(const AttentionBackward& arguments, const typename Family::Policy::Arguments& parameters,
@@ -532,6 +511,17 @@ inline void backward_any_type(const AttentionBackward& arguments, const typename
   backward<BFloat16Pair, Family>(arguments, parameters, chunks, sink, runtime);
 #else
   backward<Float32, Family>(arguments, parameters, chunks, sink, runtime);
+#endif
+}
+
+template <class Family>
+inline void backward_windows_any_type(const AttentionBackward& arguments,
+    const typename Family::Policy::Arguments& parameters, const WindowChunks& chunks,
+    const typename Family::SinkArguments& sink, double flops, const Runtime& runtime) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+  backward_windows<BFloat16Pair, Family>(arguments, parameters, chunks, sink, flops, runtime);
+#else
+  backward_windows<Float32, Family>(arguments, parameters, chunks, sink, flops, runtime);
 #endif
 }
 

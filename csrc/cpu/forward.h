@@ -2,8 +2,9 @@
 //
 //   S = transform(Q K^T),  O = softmax(S) V,  logsumexp_i = ln sum_j exp(S_ij)
 //
-// A work item is one block of at most kQueryBlock = 48 queries of one head; a thread walks a contiguous range of items
-// and packs K and V whenever it meets another (batch, key head). Per item, over blocks of kKeyBlock = 256 keys:
+// A work item is one block of at most kQueryBlock = 48 queries of one problem (a head, or a window of it); a thread
+// walks a contiguous range of items and packs K and V whenever it meets another problem. Per item, over blocks of
+// kKeyBlock = 256 keys:
 //   scores    48 x 256         micro-tiles of 6 x 64 (AVX-512), transformed in registers before they are stored
 //
 //   weights   per 6 rows       exp2(S - max), row sums; stays in L1 (bf16 weights are stored as pairs)
@@ -44,16 +45,16 @@ class Forward {
   Forward(const AttentionForward& arguments, const typename Policy::Arguments& parameters)
       : arguments_(arguments),
         policy_(arguments, parameters),
-        queries_(arguments.query.size[2]),
-        keys_(arguments.key.size[2]),
+        parameters_(parameters),
+        tokens_(arguments.query.size[2]),
         head_dim_(arguments.query.size[3]),
         depth_(words<Arithmetic>(head_dim_)),
         query_pitch_(round_up(depth_, kLanes)),
-        value_pitch_(round_up(head_dim_, kLanes)),
-        block_rows_(block_rows(queries_)) {
+        value_pitch_(round_up(head_dim_, kLanes)) {
     ForwardScratch& scratch = forward_scratch();
-    packed_keys_ = scratch.keys.template reserve<Word>(transposed_words<Arithmetic>(keys_, head_dim_) + kLanes);
-    packed_values_ = scratch.values.template reserve<Word>(words<Arithmetic>(keys_) * value_pitch_ + kLanes);
+    const int64_t most = policy_.largest().keys;
+    packed_keys_ = scratch.keys.template reserve<Word>(transposed_words<Arithmetic>(most, head_dim_) + kLanes);
+    packed_values_ = scratch.values.template reserve<Word>((words<Arithmetic>(most) + 1) * value_pitch_ + kLanes);
     const int64_t tile_words =
         kQueryBlock * (query_pitch_ + kKeyBlock + value_pitch_ + kLanes) + kTileRows * kWeightPitch;
     scores_ = scratch.tiles.template reserve<float>(tile_words);
@@ -63,55 +64,97 @@ class Forward {
     weights_ = packed_queries_ + kQueryBlock * query_pitch_;
   }
 
-  static int64_t block_rows(int64_t queries) {
-    const int64_t blocks = (queries + kQueryBlock - 1) / kQueryBlock;
-    return blocks == 0 ? kQueryBlock : round_up((queries + blocks - 1) / blocks, kTileRows);
+  static int64_t blocks(int64_t queries) { return (queries + kQueryBlock - 1) / kQueryBlock; }
+
+  // Items of a key head and what one costs beside those of other heads.
+  struct Work {
+    int64_t items, cost;
+    double flops;
+  };
+
+  static Work work(const AttentionForward& arguments, const typename Policy::Arguments& parameters, int64_t key_head) {
+    const Tensor& query = arguments.query;
+    const int64_t heads = query.size[1], key_heads = arguments.key.size[1], group = heads / key_heads;
+    const Problems problems = Policy::problems(arguments, parameters, key_head * group);
+    const Problems first = Policy::problems(arguments, parameters, 0),
+                   last = Policy::problems(arguments, parameters, heads - 1);
+    const bool alike = first.queries == last.queries && first.keys == last.keys;
+    const int64_t count = problems.count * query.size[0] * group, per_problem = blocks(problems.queries);
+    return {count * per_problem, alike ? 1 : problems.queries * problems.keys / larger(per_problem, 1),
+        4.0 * count * problems.queries * problems.keys * query.size[3]};
   }
 
-  static int64_t items(const AttentionForward& arguments) {
-    const int64_t rows = block_rows(arguments.query.size[2]);
-    return arguments.query.size[0] * arguments.query.size[1] * ((arguments.query.size[2] + rows - 1) / rows);
-  }
-
-  // Items are ordered (key head, batch, head of the group, query block): head tables outlive the batch, packed keys the
-  // group.
+  // Items are ordered (key head, window, batch, head of the group, query block): head tables and index sets outlive the
+  // batch, packed keys the group. The range is one of costs: item i of a head begins at (costs of earlier heads) + i *
+  // cost.
   void run(int64_t begin, int64_t end) {
-    const int64_t blocks = (queries_ + block_rows_ - 1) / block_rows_;
-    const int64_t batches = arguments_.query.size[0];
-    const int64_t group = arguments_.query.size[1] / arguments_.key.size[1];
-    int64_t packed = -1, entered = -1;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item % blocks;
-      const int64_t head_item = item / blocks;
-      const int64_t pack_item = head_item / group;
-      const int64_t key_head = pack_item / batches;
-      const int64_t batch = pack_item % batches;
-      const int64_t head = key_head * group + head_item % group;
-      if (pack_item != packed) {
-        pack_transposed<Arithmetic>(
-            packed_keys_, matrix_at(arguments_.key, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
-        pack_natural<Arithmetic>(packed_values_, value_pitch_,
-            matrix_at(arguments_.value, batch, key_head, 0, policy_.rotation()), keys_, head_dim_);
-        packed = pack_item;
+    const int64_t batches = arguments_.query.size[0], key_heads = arguments_.key.size[1];
+    const int64_t group = arguments_.query.size[1] / key_heads;
+    for (int64_t key_head = 0; key_head < key_heads && end > 0; ++key_head) {
+      const Work work = Forward::work(arguments_, parameters_, key_head);
+      const int64_t last = smaller(work.items, (end + work.cost - 1) / work.cost);
+      const int64_t blocks = Forward::blocks(Policy::problems(arguments_, parameters_, key_head * group).queries);
+      for (int64_t item = begin <= 0 ? 0 : (begin + work.cost - 1) / work.cost; item < last; ++item) {
+        const int64_t head_item = item / blocks, pack_item = head_item / group;
+        run_item(
+            pack_item / batches, pack_item % batches, key_head, key_head * group + head_item % group, item % blocks);
       }
-      if (head_item != entered) {
-        policy_.enter(batch, head);
-        entered = head_item;
-      }
-      // Causal blocks differ in cost: deal them from both ends so that every range gets its share.
-      const int64_t dealt = block % 2 == 0 ? block / 2 : blocks - 1 - block / 2;
-      query_block(batch, head, dealt * block_rows_);
+      begin -= work.items * work.cost;
+      end -= work.items * work.cost;
     }
     forward_scratch().keys.trim();
     forward_scratch().values.trim();
   }
 
  private:
-  void query_block(int64_t batch, int64_t head, int64_t row) {
-    const int64_t rows = smaller(block_rows_, queries_ - row);
-    const int64_t padded_rows = round_up(rows, kTileRows);
+  void run_item(int64_t window, int64_t batch, int64_t key_head, int64_t head, int64_t block) {
+    const bool other_window = window != window_ || head != head_;
+    if (other_window) rows_ = policy_.rows(head, window);
+    const int64_t blocks = Forward::blocks(rows_.queries);  // fewer than the problem's where it lies at a border
+    if (window != window_ || batch != batch_ || key_head != key_head_) packed_ = false;
+    if (batch != batch_ || head != head_) policy_.enter(batch, head);
+    window_ = window;
+    batch_ = batch;
+    key_head_ = key_head;
+    head_ = head;
+    if (block >= blocks) return;
+    if (!packed_) {
+      const auto matrix = [&](const Tensor& tensor) {
+        return matrix_at(tensor, batch, key_head, 0, policy_.rotation(), rows_.key_tokens);
+      };
+      pack_transposed<Arithmetic>(packed_keys_, matrix(arguments_.key), rows_.keys, head_dim_);
+      pack_natural<Arithmetic>(packed_values_, value_pitch_, matrix(arguments_.value), rows_.keys, head_dim_);
+      if constexpr (Policy::kAdds)
+        memset(packed_values_ + words<Arithmetic>(rows_.keys) * value_pitch_, 0, value_pitch_ * sizeof(Word));
+      packed_ = true;
+    }
+    // Causal blocks differ in cost: deal them from both ends so that every range gets its share.
+    const int64_t dealt = block % 2 == 0 ? block / 2 : blocks - 1 - block / 2;
+    const int64_t rows = (rows_.queries + blocks - 1) / blocks;
+    query_block(batch, head, dealt * rows, smaller(rows, rows_.queries - dealt * rows));
+  }
+
+  // Groups of kTileRows rows and of one row less, so that nearly no row is computed in vain.
+  struct Groups {
+    int64_t count, full;
+    explicit Groups(int64_t rows)
+        : count((rows + kTileRows - 1) / kTileRows), full(larger(0, rows - count * (kTileRows - 1))) {}
+    int64_t padded_rows() const { return count * (kTileRows - 1) + full; }
+    // body(VectorCount<rows of the group>, first row)
+    template <class Body>
+    EFFATTN_INLINE void each(Body&& body) const {
+      int64_t r = 0, group = 0;
+      for (; group < full; ++group, r += kTileRows) body(VectorCount<kTileRows>{}, r);
+      for (; group < count; ++group, r += kTileRows - 1) body(VectorCount<kTileRows - 1>{}, r);
+    }
+  };
+
+  void query_block(int64_t batch, int64_t head, int64_t row, int64_t rows) {
+    const Groups groups(rows);
+    const int64_t padded_rows = groups.padded_rows();
     pack_rows<Arithmetic>(packed_queries_, query_pitch_,
-        matrix_at(arguments_.query, batch, head, row, policy_.rotation()), rows, padded_rows, head_dim_);
+        matrix_at(arguments_.query, batch, head, row, policy_.rotation(), rows_.query_tokens), rows, padded_rows,
+        head_dim_);
     for (int64_t r = 0; r < padded_rows; ++r) {
       running_max_[r] = -INFINITY;
       running_sum_[r] = 0.f;
@@ -120,10 +163,11 @@ class Forward {
     for (int64_t key = 0; key < last_key; key += kKeyBlock) {
       const int64_t count = smaller(kKeyBlock, last_key - key);
       policy_.stage(row, rows, key, count);
-      score_block(row, padded_rows, key, count);
-      for (int64_t r = 0; r < padded_rows; r += kTileRows) {
-        alignas(64) float correction[kTileRows];
-        EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) correction[i] = weigh_row(r + i, i, count);
+      score_block(row, groups, key, count);
+      groups.each([&](auto group_rows, int64_t r) __attribute__((always_inline)) {
+        constexpr int kRows = group_rows.value;
+        alignas(64) float correction[kRows];
+        EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) correction[i] = weigh_row(r + i, i, count);
         const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * kKeyBlock);
         const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
         const int64_t steps = words<Arithmetic>(count);
@@ -133,57 +177,60 @@ class Forward {
           for (int64_t first = 0; first < steps; first += kSummed) {
             const Word* from = values + first * value_pitch_ + column;
             if (key == 0 && first == 0)
-              output_tile<vectors.value, true>(weights, from, smaller(kSummed, steps), output, correction);
+              output_tile<kRows, vectors.value, true>(weights, from, smaller(kSummed, steps), output, correction);
             else
-              output_tile<vectors.value, false>(weights + first, from, smaller(kSummed, steps - first), output, factor);
+              output_tile<kRows, vectors.value, false>(
+                  weights + first, from, smaller(kSummed, steps - first), output, factor);
             factor = kNoCorrection;
           }
         });
-      }
+      });
     }
     if (last_key == 0) memset(output_, 0, rows * value_pitch_ * sizeof(float));
     finish(batch, head, row, rows);
   }
 
-  void score_block(int64_t row, int64_t padded_rows, int64_t key, int64_t count) {
-    for (int64_t r = 0; r < padded_rows; ++r) store(row_max_ + r * kLanes, broadcast(-INFINITY));
+  void score_block(int64_t row, const Groups& groups, int64_t key, int64_t count) {
+    for (int64_t r = 0; r < groups.padded_rows(); ++r) store(row_max_ + r * kLanes, broadcast(-INFINITY));
     for (int64_t column = 0; column < count; column += kTileColumns) {
-      // The packed panel holds every key of the tensor, the block may end earlier (causal): width is the panel's pitch,
-      // vectors what is needed of it.
-      const int64_t width = round_up(smaller(kTileColumns, keys_ - key - column), kLanes);
+      // The packed panel holds every key of the problem, the block may end earlier (causal): width is the panel's
+      // pitch, vectors what is needed of it.
+      const int64_t width = round_up(smaller(kTileColumns, rows_.keys - key - column), kLanes);
       const int64_t vectors = (smaller(kTileColumns, count - column) + kLanes - 1) / kLanes;
       const Word* panel = packed_keys_ + (key + column) * depth_;
-      for (int64_t r = 0; r < padded_rows; r += kTileRows) {
-        const bool plain = key + column + vectors * kLanes <= policy_.plain_keys(row + r);
-        for (int64_t v = 0; v < vectors; v += kScoreVectors)
-          score_vectors<kScoreVectors>(
-              smaller(kScoreVectors, vectors - v), plain, row, r, key, column + v * kLanes, panel + v * kLanes, width);
-      }
+      groups.each([&](auto group_rows, int64_t r) __attribute__((always_inline)) {
+        const int64_t plain_keys = policy_.plain_keys(row + r) - key - column;
+        for (int64_t v = 0; v < vectors; v += kScoreVectors) {
+          const int64_t some = smaller(kScoreVectors, vectors - v);
+          score_vectors<group_rows.value, kScoreVectors>(
+              some, (v + some) * kLanes <= plain_keys, row, r, key, column + v * kLanes, panel + v * kLanes, width);
+        }
+      });
     }
   }
 
-  template <int kVectors>
+  template <int kRows, int kVectors>
   EFFATTN_INLINE void score_vectors(int64_t vectors, bool plain, int64_t row, int64_t r, int64_t key, int64_t column,
       const Word* panel, int64_t width) {
     if (vectors == kVectors) {
       if (plain)
-        score_tile<kVectors, true>(row, r, key, column, panel, width);
+        score_tile<kRows, kVectors, true>(row, r, key, column, panel, width);
       else
-        score_tile<kVectors, false>(row, r, key, column, panel, width);
+        score_tile<kRows, kVectors, false>(row, r, key, column, panel, width);
     } else if constexpr (kVectors > 1) {
-      score_vectors<kVectors - 1>(vectors, plain, row, r, key, column, panel, width);
+      score_vectors<kRows, kVectors - 1>(vectors, plain, row, r, key, column, panel, width);
     }
   }
 
-  template <int kVectors, bool kPlain>
+  template <int kRows, int kVectors, bool kPlain>
   __attribute__((noinline)) void score_tile(
       int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
     float* scores = scores_ + r * kKeyBlock + column;
     float* row_max = row_max_ + r * kLanes;
     const auto tile = policy_.template tile<kPlain>(row + r, key + column);
-    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>>(packed_queries_ + r * query_pitch_, query_pitch_, 1, panel,
-        width, depth_, [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
-          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>, kRows>(packed_queries_ + r * query_pitch_, query_pitch_, 1,
+        panel, width, depth_, [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
             Vec best = load(row_max + i * kLanes);
             EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
               Vec logit = tile.transform(accumulator[i][v], i, v);
@@ -251,13 +298,13 @@ class Forward {
     return correction;
   }
 
-  template <int kVectors, bool kFirst>
+  template <int kRows, int kVectors, bool kFirst>
   __attribute__((noinline)) void output_tile(
       const Word* weights, const Word* values, int64_t steps, float* output, const float* correction) {
     const int64_t pitch = value_pitch_;
-    multiply_tile<Arithmetic, kVectors>(weights, kWeightPitch, 1, values, pitch, steps,
-        [&](Vec(&accumulator)[kTileRows][kVectors]) __attribute__((always_inline)) {
-          EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    multiply_tile<Arithmetic, kVectors, 1, kRows>(weights, kWeightPitch, 1, values, pitch, steps,
+        [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
             EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
               float* to = output + i * pitch + v * kLanes;
               store(to, kFirst ? accumulator[i][v] : fma(load(to), broadcast(correction[i]), accumulator[i][v]));
@@ -267,24 +314,36 @@ class Forward {
   }
 
   void finish(int64_t batch, int64_t head, int64_t row, int64_t rows) {
-    const Tensor& output = arguments_.output;
-    const Matrix to = matrix_at(output, batch, head, row, policy_.rotation());
-    float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * queries_;
+    const int64_t rotation = policy_.rotation();
+    const Matrix to = matrix_at(arguments_.output, batch, head, row, rotation, rows_.query_tokens);
+    float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens_;
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = running_sum_[r];
-      const int64_t token = row + r + policy_.rotation();
-      logsumexp[token < queries_ ? token : token - queries_] =
-          sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
+      const int64_t rotated = row + r + rotation;
+      const int64_t token = rows_.query_tokens  ? rows_.query_tokens[row + r]
+                            : rotated < tokens_ ? rotated
+                                                : rotated - tokens_;
+      logsumexp[token] = sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
       float* from = output_ + r * value_pitch_;
       if (sum == 0.f) memset(from, 0, value_pitch_ * sizeof(float));
-      const Vec inverse = broadcast(sum == 0.f ? 0.f : 1.f / sum);
+      Vec inverse = broadcast(sum == 0.f ? 0.f : 1.f / sum);
+      if constexpr (Policy::kAdds) {
+        if (policy_.adds()) {
+          policy_.template add<Arithmetic>(row + r, from, inverse, packed_values_, value_pitch_);
+          inverse = broadcast(1.f);
+        }
+      }
       store_row(to, r, from, inverse, head_dim_);
     }
   }
 
   const AttentionForward& arguments_;
   Policy policy_;
-  const int64_t queries_, keys_, head_dim_, depth_, query_pitch_, value_pitch_, block_rows_;
+  const typename Policy::Arguments& parameters_;
+  const int64_t tokens_, head_dim_, depth_, query_pitch_, value_pitch_;
+  IndexSet rows_;
+  int64_t window_ = -1, batch_ = -1, key_head_ = -1, head_ = -1;
+  bool packed_ = false;
   Word* packed_keys_;
   Word* packed_values_;
   Word* packed_queries_;
@@ -307,10 +366,14 @@ inline void forward(
     const Context& shared = *static_cast<const Context*>(opaque);
     Forward<Arithmetic, Policy>(shared.arguments, shared.parameters).run(begin, end);
   };
-  const int64_t items = Forward<Arithmetic, Policy>::items(arguments);
-  const double flops = 4.0 * arguments.query.size[0] * arguments.query.size[1] * arguments.query.size[2] *
-                       arguments.key.size[2] * arguments.query.size[3];
-  run_items(runtime, items, flops, range, &context);
+  int64_t cost = 0;
+  double flops = 0;
+  for (int64_t key_head = 0; key_head < arguments.key.size[1]; ++key_head) {
+    const auto work = Forward<Arithmetic, Policy>::work(arguments, parameters, key_head);
+    cost += work.items * work.cost;
+    flops += work.flops;
+  }
+  run_items(runtime, cost, flops, range, &context);
 }
 
 // The avx512_bf16 level holds bf16 products only: for other element types dispatch.cpp takes the avx512 level. Below it

@@ -32,7 +32,7 @@ GaussianMixtureScratch& gaussian_mixture_scratch() {
   return scratch;
 }
 
-class GaussianMixturePolicy {
+class GaussianMixturePolicy : public WholeSequence {
  public:
   using Arguments = GaussianMixture;
 
@@ -44,7 +44,8 @@ class GaussianMixturePolicy {
   static constexpr int64_t kNarrowBytes = 192 << 10;
 
   GaussianMixturePolicy(const AttentionForward& attention, const GaussianMixture& mixture)
-      : mixture_(mixture),
+      : WholeSequence(attention),
+        mixture_(mixture),
         heads_(attention.query.size[1]),
         tokens_(attention.query.size[2]),
         grid_tokens_(mixture.grid_h * mixture.grid_w),

@@ -23,6 +23,10 @@ struct Float32 {
   static EFFATTN_INLINE Operand broadcast_word(const Word* from) { return broadcast(*from); }
   static EFFATTN_INLINE Operand load_words(const Word* from) { return load(from); }
   static EFFATTN_INLINE Vec multiply_add(Operand a, Operand b, Vec c) { return fma(a, b, c); }
+  // Row of an operand packed by pack_natural, as floats.
+  static EFFATTN_INLINE Vec load_row(const Word* from, ptrdiff_t pitch, ptrdiff_t row) {
+    return load(from + row * pitch);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -37,6 +41,10 @@ struct BFloat16Pair {
   }
   static EFFATTN_INLINE Operand load_words(const Word* from) { return (__m512bh)_mm512_loadu_si512(from); }
   static EFFATTN_INLINE Vec multiply_add(Operand a, Operand b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, a, b); }
+  static EFFATTN_INLINE Vec load_row(const Word* from, ptrdiff_t pitch, ptrdiff_t row) {
+    const WordVec pair = load_as<WordVec>(from + row / 2 * pitch);
+    return (Vec)((pair << (row % 2 ? 0 : 16)) & 0xffff0000u);
+  }
 };
 #else
 #define EFFATTN_HAS_BFLOAT16_DOT 0
@@ -50,16 +58,16 @@ inline constexpr int kChains = Arithmetic::kPerWord == 1 && kTileVectors * kLane
 template <class Arithmetic>
 inline constexpr int kChainedVectors = kTileVectors / kChains<Arithmetic>;
 
-// epilogue(Vec (&accumulator)[kTileRows][kVectors])
-template <class Arithmetic, int kVectors, int kSums = 1, class Epilogue>
+// epilogue(Vec (&accumulator)[kRows][kVectors])
+template <class Arithmetic, int kVectors, int kSums = 1, int kRows = kTileRows, class Epilogue>
 EFFATTN_INLINE void multiply_tile(const typename Arithmetic::Word* a, ptrdiff_t a_row, ptrdiff_t a_step,
     const typename Arithmetic::Word* b, ptrdiff_t b_step, ptrdiff_t steps, Epilogue&& epilogue) {
-  Vec accumulator[kTileRows][kVectors] = {};
+  Vec accumulator[kRows][kVectors] = {};
   const typename Arithmetic::Word* a3 = a + 3 * a_row;
-  const auto step_into = [&](Vec(&sum)[kTileRows][kVectors]) __attribute__((always_inline)) {
+  const auto step_into = [&](Vec(&sum)[kRows][kVectors]) __attribute__((always_inline)) {
     typename Arithmetic::Operand columns[kVectors];
     EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) columns[v] = Arithmetic::load_words(b + v * kLanes);
-    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    EFFATTN_UNROLL for (int r = 0; r < kRows; ++r) {
       const auto row = Arithmetic::broadcast_word(r < 3 ? a + r * a_row : a3 + (r - 3) * a_row);
       EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] =
           Arithmetic::multiply_add(row, columns[v], sum[r][v]);
@@ -69,13 +77,13 @@ EFFATTN_INLINE void multiply_tile(const typename Arithmetic::Word* a, ptrdiff_t 
     b += b_step;
   };
   if constexpr (kSums == 2) {
-    Vec odd[kTileRows][kVectors] = {};
+    Vec odd[kRows][kVectors] = {};
 #pragma GCC unroll 1
     for (; steps >= 2; steps -= 2) {
       step_into(accumulator);
       step_into(odd);
     }
-    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    EFFATTN_UNROLL for (int r = 0; r < kRows; ++r) {
       EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) accumulator[r][v] += odd[r][v];
     }
   }

@@ -10,12 +10,15 @@
 namespace effattn::EFFATTN_ISA {
 namespace {
 
-class MaskedProductPolicy {
+class MaskedProductPolicy : public WholeSequence {
  public:
   using Arguments = MaskedProduct;
 
   MaskedProductPolicy(const AttentionForward& attention, const MaskedProduct& mask)
-      : weight_(mask.weight), tokens_(attention.query.size[2]), factor_(attention.scale * kLog2E) {}
+      : WholeSequence(attention),
+        weight_(mask.weight),
+        tokens_(attention.query.size[2]),
+        factor_(attention.scale * kLog2E) {}
 
   int64_t rotation() const { return 0; }
   int64_t key_limit(int64_t) const { return tokens_; }

@@ -22,7 +22,7 @@
 namespace effattn::EFFATTN_ISA {
 
 // A matrix of the user's tensor; strides count elements. Logical row r is row (r + first) of the tensor, wrapped around
-// at `wrap`.
+// at `wrap`; or row tokens[r], a row of zeros where that is negative.
 struct Matrix {
   const void* data;
   int64_t row_stride;
@@ -30,9 +30,11 @@ struct Matrix {
   DType dtype;
   int64_t first = 0;
   int64_t wrap = INT64_MAX;
+  const int64_t* tokens = nullptr;
 
+  EFFATTN_INLINE bool is_zero(int64_t row) const { return tokens && tokens[row] < 0; }
   EFFATTN_INLINE int64_t offset(int64_t row) const {
-    const int64_t token = row + first;
+    const int64_t token = tokens ? tokens[row] : row + first;
     return (token < wrap ? token : token - wrap) * row_stride;
   }
 };
@@ -50,6 +52,15 @@ EFFATTN_INLINE Matrix matrix_at(
   const int64_t first = first_row + rotation;
   return {static_cast<const char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.stride[2],
       tensor.stride[3], tensor.dtype, first < tokens ? first : first - tokens, tokens};
+}
+
+// Rows first_row ... of an index set; without one as above.
+EFFATTN_INLINE Matrix matrix_at(
+    const Tensor& tensor, int64_t batch, int64_t head, int64_t first_row, int64_t rotation, const int64_t* tokens) {
+  if (!tokens) return matrix_at(tensor, batch, head, first_row, rotation);
+  Matrix matrix = matrix_at(tensor, batch, head);
+  matrix.tokens = tokens + first_row;
+  return matrix;
 }
 
 template <class Arithmetic>
@@ -79,6 +90,10 @@ inline void row_to_float(float* to, const T* from, int64_t column_stride, int64_
 }
 
 inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
+  if (from.is_zero(row)) {
+    memset(to, 0, padded_columns * sizeof(float));
+    return;
+  }
   const int64_t offset = from.offset(row);
   switch (from.dtype) {
     case DType::kBFloat16:
@@ -95,6 +110,10 @@ inline void row_to_float(float* to, const Matrix& from, int64_t row, int64_t col
 
 // Columns of one bf16 row, zero up to padded_columns (even).
 inline void row_to_bfloat16(uint16_t* to, const Matrix& from, int64_t row, int64_t columns, int64_t padded_columns) {
+  if (from.is_zero(row)) {
+    memset(to, 0, padded_columns * sizeof(uint16_t));
+    return;
+  }
   const uint16_t* source = static_cast<const uint16_t*>(from.data) + from.offset(row);
   if (from.column_stride == 1) {
     memcpy(to, source, columns * sizeof(uint16_t));
@@ -190,7 +209,8 @@ inline void pack_natural(
     for (int64_t r = 0; r < rows; r += 2) {
       const uint16_t* first = even;
       const uint16_t* second = odd;
-      if (from.column_stride == 1 && columns % kLanes == 0 && r + 1 < rows) {
+      if (from.column_stride == 1 && columns % kLanes == 0 && r + 1 < rows && !from.is_zero(r) &&
+          !from.is_zero(r + 1)) {
         first = static_cast<const uint16_t*>(from.data) + from.offset(r);
         second = static_cast<const uint16_t*>(from.data) + from.offset(r + 1);
       } else {
@@ -228,8 +248,9 @@ inline void store_row(T* to, int64_t column_stride, const float* from, Vec facto
   }
 }
 
-// from[0 .. columns rounded up to kLanes) * factor -> logical row of the user's tensor.
+// from[0 .. columns rounded up to kLanes) * factor -> logical row of the user's tensor; nothing for a row of zeros.
 inline void store_row(const Matrix& to, int64_t row, const float* from, Vec factor, int64_t columns) {
+  if (to.is_zero(row)) return;
   void* data = const_cast<void*>(to.data);
   const int64_t offset = to.offset(row);
   switch (to.dtype) {

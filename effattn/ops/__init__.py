@@ -1,6 +1,7 @@
 """Public operators: argument checks, schema, autograd and backend table; one module per family."""
 
 from .attention import scaled_dot_product_attention
+from .cross_shaped_window import cross_shaped_window_attention, stripe_attention, window_attention
 from .gaussian_mixture import gaussian_mixture_attention, masked_product_attention
 from .packed_bits import add_matmul, binary_matmul, hamming_attention, pack_signs
 from .shift_add import shift_add_attention
@@ -9,6 +10,7 @@ from .shift_linear import shift_linear
 __all__ = [
     "add_matmul",
     "binary_matmul",
+    "cross_shaped_window_attention",
     "gaussian_mixture_attention",
     "hamming_attention",
     "masked_product_attention",
@@ -16,4 +18,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",
+    "stripe_attention",
+    "window_attention",
 ]

@@ -12,7 +12,7 @@ BINARIZE = ("published", "mean_threshold", "per_head", "sign")
 _WHOLE_TENSOR = 2  # the first modes take their statistics over the whole tensor
 
 
-def _linear_flops(query, key) -> int:
+def _linear_flops(query, key, *options) -> int:
     """k^T v and q (k^T v); an addition that a bit selects counts as a multiply-add does: two."""
     batch, heads, length, head_dim = query
     return 4 * batch * heads * length * head_dim * head_dim
@@ -85,8 +85,7 @@ def shift_add_attention(
     """
     op = "shift_add_attention"
     _checks.attention_inputs(op, query, key, value)
-    if binarize not in BINARIZE:
-        raise ValueError(f"{op}: binarize must be one of {', '.join(BINARIZE)}, got {binarize!r}")
+    _checks.one_of(op, "binarize", binarize, BINARIZE)
     heads = query.shape[1]
     if residual_weight is not None:
         _checks.parameter(op, "residual_weight", residual_weight, query)

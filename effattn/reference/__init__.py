@@ -1,18 +1,30 @@
 """The specification: every operator in plain PyTorch, any dtype, differentiable, dense."""
 
 from .attention import scaled_dot_product_attention
+from .cross_shaped_window import (
+    cross_shaped_window_attention,
+    relative_position_index,
+    stripe_attention,
+    window_attention,
+    window_mask,
+)
 from .gaussian_mixture import gaussian_mixture_attention, masked_product_attention, mixture_mask
 from .shift_add import add_matmul, binary_matmul, hamming_attention, pack_signs, shift_add_attention, shift_linear
 
 __all__ = [
     "add_matmul",
     "binary_matmul",
+    "cross_shaped_window_attention",
     "gaussian_mixture_attention",
     "hamming_attention",
     "masked_product_attention",
     "mixture_mask",
     "pack_signs",
+    "relative_position_index",
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",
+    "stripe_attention",
+    "window_attention",
+    "window_mask",
 ]

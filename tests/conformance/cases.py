@@ -64,6 +64,7 @@ class Case:
         straight_through: those whose gradient is by definition not the derivative.
         mixes_batch: whether an example's result depends on the rest of its batch.
         takes_dropout: whether the function has a dropout_p.
+        even_heads: whether the number of heads must be even; a shape's is rounded up.
     """
 
     op: str
@@ -80,9 +81,16 @@ class Case:
     straight_through: tuple[str, ...] = field(default=(), repr=False)
     mixes_batch: bool = field(default=False, repr=False)
     takes_dropout: bool = field(default=True, repr=False)
+    even_heads: bool = field(default=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.op}[{self.variant}]" if self.variant else self.op
+
+    def with_(self, **changes) -> Case:
+        return replace(self, **changes)
+
+    def heads(self, shape: Shape) -> int:
+        return shape.heads + shape.heads % 2 if self.even_heads else shape.heads
 
     __repr__ = __str__
 
@@ -98,7 +106,7 @@ class Case:
         device: str = "cpu",
     ) -> dict[str, Tensor]:
         """Sample arguments; with ``layouts`` each lies in a NaN-filled storage, query, key and value as it says."""
-        drawn = self.sample(shape, torch.Generator().manual_seed(seed))
+        drawn = self.sample(shape.with_(heads=self.heads(shape)), torch.Generator().manual_seed(seed))
         layouts = (layouts,) * 3 if isinstance(layouts, str) else layouts
         of = dict(zip(("query", "key", "value"), layouts)) if layouts else {}
         out = {}
@@ -111,7 +119,7 @@ class Case:
         return out
 
     def grad_output(self, shape: Shape, dtype=torch.float32, layout: str | None = None, device: str = "cpu") -> Tensor:
-        size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+        size = (shape.batch, self.heads(shape), shape.tokens, shape.head_dim)
         drawn = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).to(device)
         return place(drawn, layout) if layout else drawn
 
@@ -234,6 +242,39 @@ _BAD_SDPA = (
 )
 
 
+_BAD_WINDOWS = (
+    ("grid of another number of tokens", _set(grid=(4, 6)), ValueError, "grid 4 x 6"),
+    ("grid that is no pair", _set(grid=(20,)), TypeError, "grid must be a pair"),
+    ("unknown padding", _set(padding="reflect"), ValueError, "padding must be one of .*'reflect'"),
+    ("lepe_weight that is no tensor", _set(lepe_weight=1.0), TypeError, "lepe_weight must be a Tensor"),
+    ("integer lepe_weight", _map("lepe_weight", torch.Tensor.int), TypeError, "lepe_weight must be floating point"),
+    ("lepe_weight of other channels", _map("lepe_weight", lambda t: t[1:]), ValueError, "lepe_weight must have shape"),
+    ("lepe_weight of 5 x 5", _map("lepe_weight", lambda t: t.new_ones(len(t), 1, 5, 5)), ValueError, "must have shape"),
+    ("lepe_weight elsewhere", _map("lepe_weight", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+    ("lepe_bias of other channels", _map("lepe_bias", lambda t: t[1:]), ValueError, "lepe_bias must have shape"),
+    ("lepe_bias without weight", _set(lepe_weight=None), ValueError, "lepe_bias must be None"),
+)
+
+_BAD_STRIPES = (
+    ("stripe_width of zero", _set(stripe_width=0), ValueError, "stripe_width must be at least 1"),
+    ("stripe_width that is no number", _set(stripe_width="2"), TypeError, "stripe_width must be an int"),
+    ("stripes that do not divide", _set(stripe_width=2, padding="error"), ValueError, "do not divide the grid"),
+)
+
+_BAD_SHIFTS = (
+    ("window that is no pair", _set(window=3), TypeError, "window must be a pair"),
+    ("empty window", _set(window=(0, 2)), ValueError, "window height must be at least 1"),
+    ("windows that do not divide", _set(padding="error"), ValueError, "do not divide"),
+    ("shift of a whole window", _set(shift=(2, 0)), ValueError, "shift must be below window"),
+    ("negative shift", _set(shift=(0, -1)), ValueError, "shift width must be at least 0"),
+    ("shift with overlap", _set(overlap=(1, 1)), ValueError, r"overlap must be \(0, 0\) where shift"),
+    ("unknown bias_index", _set(bias_index="swinv2"), ValueError, "bias_index must be one of .*'swinv2'"),
+    ("bias_table that is no tensor", _set(bias_table=1.0), TypeError, "bias_table must be a Tensor"),
+    ("bias_table of another window", _map("bias_table", lambda t: t[1:]), ValueError, "bias_table must have shape"),
+    ("bias_table of other heads", _map("bias_table", lambda t: t[:, 1:]), ValueError, "bias_table must have shape"),
+    ("bias_table elsewhere", _map("bias_table", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+)
+
 # ---- the table ----
 
 
@@ -336,7 +377,121 @@ def _shift_add(variant: str, binarize: str, taps: int | None) -> Case:
     )
 
 
+def _rectangle(tokens: int) -> tuple[int, int]:
+    """A grid of so many tokens, as square as can be."""
+    height = max((h for h in range(1, int(tokens**0.5) + 1) if tokens % h == 0), default=0)
+    return height, tokens // height if height else 3
+
+
+def _window_flops(shape: Shape, heads: int, keys: tuple[int, int]) -> int:
+    """Of both products, where heads of the first and second half have so many keys a query."""
+    pairs = heads // 2 * keys[0] + (heads - heads // 2) * keys[1]
+    return 4 * shape.batch * shape.tokens * shape.head_dim * pairs
+
+
+def _windows(
+    op: str,
+    variant: str,
+    options: Callable[[Shape], dict],
+    keys: Callable[[Shape], tuple[int, int]],
+    *,
+    table: int = 0,
+    lepe: str = "",
+    bad: tuple = (),
+    even_heads: bool = False,
+) -> Case:
+    """``table``: rows of the bias table; ``lepe``: "per head", "shared" or none."""
+
+    def sample(shape: Shape, generator):
+        heads, drawn = shape.heads, _qkv(_square(shape), generator)
+        parameters = {"bias_table": _normal(generator, table, heads)} if table else {}
+        if lepe:
+            channels = shape.head_dim * (1 if lepe == "shared" else heads)
+            parameters["lepe_weight"] = _normal(generator, channels, 1, 3, 3)
+            if lepe != "shared":
+                parameters["lepe_bias"] = _normal(generator, channels)
+        return {**drawn, **parameters}
+
+    parameters = (("bias_table",) if table else ()) + (("lepe_weight",) if lepe else ())
+    parameters += ("lepe_bias",) if lepe == "per head" else ()
+
+    def flops(shape: Shape) -> int:
+        return _window_flops(shape, shape.heads + shape.heads % 2 if even_heads else shape.heads, keys(shape))
+
+    return Case(
+        op=op,
+        variant=variant,
+        function=getattr(effattn, op),
+        sample=sample,
+        options=lambda shape: {"grid": _rectangle(shape.tokens), **options(shape)},
+        differentiable=("query", "key", "value", *parameters),
+        parameters=parameters,
+        in_float32=parameters if variant == "" else (),
+        formula=getattr(formulas, op),
+        flops=flops,
+        bad=bad,
+        even_heads=even_heads,
+    )
+
+
+def _stripe_keys(width: int) -> Callable[[Shape], tuple[int, int]]:
+    def keys(shape: Shape) -> tuple[int, int]:
+        height, columns = _rectangle(shape.tokens)
+        return (shape.tokens,) * 2 if width >= max(height, columns) else (height * width, columns * width)
+
+    return keys
+
+
+def _stripes(variant: str, width: int, lepe: str, **options) -> Case:
+    return _windows(
+        "cross_shaped_window_attention",
+        variant,
+        lambda shape: {"stripe_width": width, **options},
+        _stripe_keys(width),
+        lepe=lepe,
+        bad=BAD_INPUTS + _BAD_WINDOWS + _BAD_STRIPES if variant == "" else (),
+        even_heads=True,
+    )
+
+
 CASES: dict[str, tuple[Case, ...]] = {
+    "cross_shaped_window_attention": (
+        _stripes("", 2, "per head", padding="zero_key"),
+        _stripes("stripe of one", 1, "shared"),
+    ),
+    "stripe_attention": (
+        _windows(
+            "stripe_attention",
+            "",
+            lambda shape: {"stripe_width": 2, "orientation": "vertical", "padding": "mask", **_scaled(0.8, shape)},
+            lambda shape: (_stripe_keys(2)(shape)[0],) * 2,
+            lepe="per head",
+            bad=(
+                *BAD_INPUTS,
+                *_BAD_WINDOWS,
+                *_BAD_STRIPES,
+                ("unknown orientation", _set(orientation="diagonal"), ValueError, "orientation must be one of"),
+            ),
+        ),
+    ),
+    "window_attention": (
+        _windows(
+            "window_attention",
+            "",
+            lambda shape: {"window": (2, 3), "shift": (1, 1), "padding": "mask"},
+            lambda shape: (6, 6),
+            table=15,
+            lepe="per head",
+            bad=BAD_INPUTS + _BAD_WINDOWS + _BAD_SHIFTS,
+        ),
+        _windows(
+            "window_attention",
+            "overlap",
+            lambda shape: {"window": (3, 2), "overlap": (1, 2), "bias_index": "hat_oca", "padding": "zero_key"},
+            lambda shape: (30, 30),
+            table=7 * 7,
+        ),
+    ),
     "gaussian_mixture_attention": (_mixture(""), _mixture("scaled", scale=1.3, eps=0.5)),
     "masked_product_attention": (_masked("shared", per_head=False), _masked("per_head", per_head=True)),
     "scaled_dot_product_attention": (

@@ -101,3 +101,96 @@ def shift_add_attention(query, key, value, binarize, residual_weight=None) -> np
                     if 0 <= n + t - taps // 2 < tokens:
                         output[b, h, n] += residual_weight[h, 0, t, 0] * v[n + t - taps // 2]
     return output
+
+
+def window_attention(
+    query,
+    key,
+    value,
+    grid,
+    window,
+    shift=(0, 0),
+    overlap=(0, 0),
+    bias_table=None,
+    bias_index="swin",
+    lepe_weight=None,
+    lepe_bias=None,
+    padding="error",
+    scale=None,
+) -> np.ndarray:
+    """Token by token: where it lies after padding and roll, whom it meets there, and its nine neighbours."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    enlarged = [w + 2 * o for w, o in zip(window, overlap)]
+    padded = [-(-g // w) * w if w else 0 for g, w in zip(grid, window)]
+    before = [(p - g) // 2 for p, g in zip(padded, grid)]
+
+    def token_at(rolled) -> int | None:
+        """The token at a rolled position, None where there is only padding."""
+        if any(not 0 <= r < p for r, p in zip(rolled, padded)):
+            return None
+        at = [(r + s) % p - t for r, s, p, t in zip(rolled, shift, padded, before)]
+        return at[0] * grid[1] + at[1] if all(0 <= a < g for a, g in zip(at, grid)) else None
+
+    def region(rolled) -> list[int]:
+        return [int(r >= p - w) + int(r >= p - s) if s else 0 for r, p, w, s in zip(rolled, padded, window, shift)]
+
+    def table_row(q, k) -> int:
+        if bias_index == "swin":
+            dy, dx = (a - (b - o) + w + o - 1 for a, b, w, o in zip(q, k, window, overlap))
+        else:
+            dy, dx = (b - a + w - e + 1 for a, b, w, e in zip(q, k, window, enlarged))
+        return (dy * (window[1] + enlarged[1] - 1) + dx) % len(bias_table)
+
+    output = np.zeros_like(query)
+    batches, heads, _, head_dim = query.shape
+    for token in range(grid[0] * grid[1]):
+        rolled = [(c + t - s) % p for c, t, s, p in zip(divmod(token, grid[1]), before, shift, padded)]
+        corner = [r // w * w for r, w in zip(rolled, window)]
+        place = [r - c for r, c in zip(rolled, corner)]
+        for b, h in np.ndindex(batches, heads):
+            logits, values = [], []
+            for ky, kx in np.ndindex(*enlarged):
+                where = (corner[0] + ky - overlap[0], corner[1] + kx - overlap[1])
+                other = token_at(where)
+                if other is None and padding == "mask":
+                    continue
+                logit = 0.0 if other is None else scale * query[b, h, token] @ key[b, h, other]
+                if bias_table is not None:
+                    logit += bias_table[table_row(place, (ky, kx)), h]
+                if region(where) != region(rolled):
+                    logit -= 100.0
+                logits.append(logit)
+                values.append(np.zeros(head_dim) if other is None else value[b, h, other])
+            output[b, h, token] = _softmax(np.array(logits)) @ np.array(values)
+            if lepe_weight is None:
+                continue
+            channels = slice(h * head_dim, (h + 1) * head_dim) if len(lepe_weight) == heads * head_dim else slice(None)
+            for ty, tx in np.ndindex(3, 3):
+                near = (place[0] + ty - 1, place[1] + tx - 1)
+                other = token_at((corner[0] + near[0], corner[1] + near[1]))
+                if other is not None and all(0 <= n < w for n, w in zip(near, window)):
+                    output[b, h, token] += lepe_weight[channels, 0, ty, tx] * value[b, h, other]
+            if lepe_bias is not None:
+                output[b, h, token] += lepe_bias[channels]
+    return output
+
+
+def stripe_attention(query, key, value, grid, stripe_width, orientation, **options) -> np.ndarray:
+    window = (grid[0], stripe_width) if orientation == "vertical" else (stripe_width, grid[1])
+    return window_attention(query, key, value, grid, grid if stripe_width >= max(grid) else window, **options)
+
+
+def cross_shaped_window_attention(
+    query, key, value, grid, stripe_width, lepe_weight=None, lepe_bias=None, **options
+) -> np.ndarray:
+    heads, head_dim = query.shape[1], query.shape[3]
+    parts = []
+    for half, orientation in ((0, "vertical"), (1, "horizontal")):
+        own = slice(half * heads // 2, (half + 1) * heads // 2)
+        lepe = {"lepe_weight": lepe_weight, "lepe_bias": lepe_bias}
+        if lepe_weight is not None and len(lepe_weight) == heads * head_dim:
+            channels = slice(own.start * head_dim, own.stop * head_dim)
+            lepe = {name: None if t is None else t[channels] for name, t in lepe.items()}
+        inputs = (query[:, own], key[:, own], value[:, own])
+        parts.append(stripe_attention(*inputs, grid, stripe_width, orientation, **lepe, **options))
+    return np.concatenate(parts, 1)

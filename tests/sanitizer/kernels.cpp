@@ -407,6 +407,8 @@ void everything(DType dtype) {
   shift_add_attention(dtype, 470, 16, 5, Binarize::kPerHead, Layout::kContiguous);
 }
 
+#include "window_kernels.h"
+
 }  // namespace
 
 #include "packed_kernels.h"
@@ -415,6 +417,8 @@ int main() {
   packed_kernels();
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) everything(DType::kFloat32);
   everything(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) window_kernels(DType::kFloat32);
+  window_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }

@@ -1,0 +1,217 @@
+// Attention inside the windows of a token grid (CSWin stripes, Swin, HAT) as a policy of the tile engine.
+//
+//   S = scale * Q K^T + bias[key - query] - 100 [region of query != region of key],   O = softmax(S) V + LePE(V)
+//   LePE(V)[p][d] = lepe_bias[d] + sum_t lepe_weight[t][d] V[p + t][d],   t: 3 x 3 neighbours inside the window
+//
+// A window is an index set (windows.h); nothing is partitioned. Everything is in log2 units.
+//
+//   bias      expanded per head from its table into (queries x keys) in key order, while that is small and the keys of
+//             the windows stay the same; a larger one per block of queries. A score costs one load, one multiply-add.
+//
+//   regions   only windows that the roll has mixed: one row of 0 and -100 per region, one load and add more
+//
+//   LePE      when a row is finished, from V as the engine has packed it: 9 multiply-adds per element of the output
+#pragma once
+
+#include "gemm.h"
+#include "windows.h"
+
+namespace effattn::EFFATTN_ISA {
+
+template <bool kBias>
+class WindowPolicy {
+  static constexpr int64_t kLargestTable = 1 << 18;  // floats of an expanded bias
+  static constexpr int64_t kRegions = 9;
+  static constexpr float kApart = -100.f * kLog2E;
+
+ public:
+  using Arguments = Windows;
+  static constexpr bool kAdds = true;
+
+  WindowPolicy(const AttentionForward& attention, const Windows& windows)
+      : windows_(windows),
+        rows_(windows),
+        heads_(attention.query.size[1]),
+        head_dim_(attention.query.size[3]),
+        factor_(attention.scale * kLog2E),
+        pitch_(round_up(rows_.largest().keys, kLanes)),
+        places_(rows_.largest().queries),
+        staged_(places_ * pitch_ > kLargestTable) {
+    static thread_local Buffer floats, neighbours;
+    const int64_t bias_rows = !kBias ? 0 : staged_ ? kQueryBlock : places_;
+    const int64_t lepe_pitch = windows.lepe_weight ? round_up(head_dim_, kLanes) : 0;
+    bias_ = floats.reserve<float>((bias_rows + kRegions + 1) * pitch_ + kTileColumns + 10 * lepe_pitch);
+    apart_ = bias_ + bias_rows * pitch_;
+    lepe_ = apart_ + (kRegions + 1) * pitch_ + kTileColumns;
+    together_ = apart_ + kRegions * pitch_;
+    for (int64_t i = 0; i < pitch_; ++i) together_[i] = 0.f;
+    if (windows.lepe_weight) neighbours_ = neighbours.reserve<int32_t>(9 * places_);
+  }
+
+  static int half(int64_t head, int64_t heads) { return head < heads / 2 ? 0 : 1; }
+
+  static Problems problems(const AttentionForward& attention, const Windows& windows, int64_t head) {
+    const WindowTiling tiling(windows, half(head, attention.query.size[1]));
+    return {tiling.windows(), tiling.queries(), tiling.keys()};
+  }
+
+  int64_t windows(int64_t head) const { return rows_.tiling(half(head, heads_)).windows(); }
+  IndexSet largest() const { return rows_.largest(); }
+  const WindowRows& window_rows() const { return rows_; }
+
+  IndexSet rows(int64_t head, int64_t window) {
+    const int side = half(head, heads_);
+    const bool other_window = side != half_ || window != window_;
+    if (!other_window && head == head_) return set_;
+    set_ = rows_.enter(side, window);
+    const bool all_keys = set_.keys == rows_.tiling(side).keys();
+    if (kBias && !staged_) expand(side, head, all_keys ? -1 : window);
+    if (other_window) separate_regions();
+    if (windows_.lepe_weight) {
+      if (head != head_) load_lepe(head);
+      if (other_window) find_neighbours(side, all_keys);
+    }
+    half_ = side;
+    head_ = head;
+    window_ = window;
+    return set_;
+  }
+
+  int64_t rotation() const { return 0; }
+  void enter(int64_t, int64_t) {}
+  int64_t key_limit(int64_t) const { return set_.keys; }
+  int64_t plain_keys(int64_t) const { return rows_.mixed() ? 0 : set_.keys; }
+
+  void stage(int64_t row, int64_t rows, int64_t key, int64_t keys) {
+    if (!kBias || !staged_) return;
+    first_row_ = row;
+    for (int64_t r = row; r < row + rows; ++r) gather(bias_ + (r - row) * pitch_, head_, r, key, keys);
+    last_row_ = row + rows - 1;
+  }
+
+  template <bool kPlain>
+  struct Tile {
+    const float* bias[kTileRows];
+    const float* apart[kTileRows];
+    float factor;
+    EFFATTN_INLINE Vec transform(Vec score, int r, int v) const {
+      Vec logit = kBias ? fma(score, broadcast(factor), load(bias[r] + v * kLanes)) : score * broadcast(factor);
+      if constexpr (!kPlain) logit += load(apart[r] + v * kLanes);
+      return logit;
+    }
+  };
+
+  template <bool kPlain>
+  EFFATTN_INLINE Tile<kPlain> tile(int64_t row, int64_t key) const {
+    Tile<kPlain> tile;
+    EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      const int64_t at = smaller(row + r, set_.queries - 1);
+      if constexpr (kBias)
+        tile.bias[r] = bias_ + (staged_ ? smaller(at, last_row_) - first_row_ : rows_.query_place()[at]) * pitch_ + key;
+      if constexpr (!kPlain)
+        tile.apart[r] = (rows_.mixed() ? apart_ + rows_.query_region()[at] * pitch_ : together_) + key;
+    }
+    tile.factor = factor_;
+    return tile;
+  }
+
+  // output = output * factor + LePE of the row, from V as pack_natural left it, a row of zeros after the last key.
+  bool adds() const { return windows_.lepe_weight != nullptr; }
+
+  template <class Arithmetic>
+  EFFATTN_INLINE void add(
+      int64_t row, float* output, Vec factor, const typename Arithmetic::Word* values, int64_t value_pitch) const {
+    const int32_t* neighbour = neighbours_ + 9 * rows_.query_place()[row];
+    const int64_t pitch = round_up(head_dim_, kLanes);
+    for (int64_t c = 0; c < head_dim_; c += kLanes) {
+      Vec sum = load(lepe_ + 9 * pitch + c);
+      EFFATTN_UNROLL for (int t = 0; t < 9; ++t) sum =
+          fma(load(lepe_ + t * pitch + c), Arithmetic::load_row(values + c, value_pitch, neighbour[t]), sum);
+      store(output + c, fma(load(output + c), factor, sum));
+    }
+  }
+
+ private:
+  // The bias of every pair of places, for windows with all keys (window -1) or one that lacks some.
+  void expand(int side, int64_t head, int64_t window) {
+    if (head == expanded_head_ && window == expanded_window_ && side == expanded_half_) return;
+    expanded_head_ = head;
+    expanded_window_ = window;
+    expanded_half_ = side;
+    if (window >= 0) {
+      for (int64_t r = 0; r < set_.queries; ++r) gather(bias_ + rows_.query_place()[r] * pitch_, head, r, 0, set_.keys);
+      return;
+    }
+    const WindowTiling& tiling = rows_.tiling(side);
+    const int64_t columns = tiling.bias_columns(), run = tiling.x.enlarged();
+    const float* table = windows_.bias + head * tiling.bias_entries();
+    for (int64_t y = 0; y < tiling.y.size; ++y)
+      for (int64_t x = 0; x < tiling.x.size; ++x) {
+        float* to = bias_ + (y * tiling.x.size + x) * pitch_;
+        const float* from = table + (tiling.y.size - 1 - y) * columns + tiling.x.size - 1 - x;
+        for (int64_t i = 0; i < tiling.y.enlarged(); ++i, to += run, from += columns)
+          for (int64_t j = 0; j < run; ++j) to[j] = from[j] * kLog2E;
+        for (int64_t j = tiling.keys(); j < pitch_; ++j) *to++ = 0.f;
+      }
+  }
+
+  void gather(float* to, int64_t head, int64_t row, int64_t key, int64_t keys) const {
+    const float* table =
+        windows_.bias + head * rows_.tiling(half(head, heads_)).bias_entries() + rows_.query_bias()[row];
+    const int32_t* at = rows_.key_bias() + key;
+    for (int64_t j = 0; j < keys; ++j) to[key + j] = table[at[j]] * kLog2E;
+    for (int64_t j = key + keys; j < smaller(round_up(key + keys, kLanes), pitch_); ++j) to[j] = 0.f;
+  }
+
+  void separate_regions() {
+    if (!rows_.mixed()) return;
+    const int32_t* region = rows_.key_region();
+    for (int32_t own = 0; own < kRegions; ++own) {
+      float* to = apart_ + own * pitch_;
+      for (int64_t j = 0; j < set_.keys; ++j) to[j] = region[j] == own ? 0.f : kApart;
+      for (int64_t j = set_.keys; j < pitch_; ++j) to[j] = 0.f;
+    }
+  }
+
+  void load_lepe(int64_t head) {
+    const int64_t pitch = round_up(head_dim_, kLanes);
+    for (int64_t i = 0; i < 10 * pitch; ++i) lepe_[i] = 0.f;
+    for (int64_t t = 0; t < 9; ++t)
+      memcpy(lepe_ + t * pitch, windows_.lepe_weight + (head * 9 + t) * head_dim_, head_dim_ * sizeof(float));
+    if (windows_.lepe_bias) memcpy(lepe_ + 9 * pitch, windows_.lepe_bias + head * head_dim_, head_dim_ * sizeof(float));
+  }
+
+  // Keys of the 3 x 3 neighbours of every place; the row of zeros where there is none.
+  void find_neighbours(int side, bool all_keys) {
+    if (all_keys && neighbours_half_ == side) return;
+    neighbours_half_ = all_keys ? side : -1;
+    const int64_t height = rows_.tiling(side).y.size, width = rows_.tiling(side).x.size;
+    int32_t* to = neighbours_;
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t t = 0; t < 9; ++t) {
+          const int64_t i = y + t / 3 - 1, j = x + t % 3 - 1;
+          const bool inside = i >= 0 && i < height && j >= 0 && j < width;
+          const int32_t key = inside ? rows_.key_at()[i * width + j] : -1;
+          *to++ = key < 0 ? static_cast<int32_t>(set_.keys) : key;
+        }
+  }
+
+  const Windows& windows_;
+  WindowRows rows_;
+  const int64_t heads_, head_dim_;
+  const float factor_;
+  const int64_t pitch_, places_;
+  const bool staged_;
+  IndexSet set_;
+  int half_ = -1, neighbours_half_ = -1, expanded_half_ = -1;
+  int64_t head_ = -1, window_ = -1, expanded_head_ = -1, expanded_window_ = -1;
+  int64_t first_row_ = 0, last_row_ = 0;
+  float* bias_;      // [place of the query, or staged row][key]
+  float* apart_;     // [region][key]
+  float* together_;  // [key], zeros
+  float* lepe_;      // 9 taps and the bias
+  int32_t* neighbours_ = nullptr;
+};
+
+}  // namespace effattn::EFFATTN_ISA

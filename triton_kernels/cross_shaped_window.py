@@ -1,0 +1,436 @@
+"""Attention inside the windows of a token grid, with the tiles of the Triton engine.
+
+    S = Q K^T       Z = scale S + bias[h, key - query] + mask       P = softmax(Z)       O = P V + LePE(V)
+    LePE(V)[p] = lepe_bias + sum over 3 x 3 taps t of w[t] V[p + t],   p + t in the window of p
+    dP = dO V^T     dZ = P * (dP - delta)     delta_i = sum_j P_ij dP_ij = dO_i . (O - LePE)_i
+    dQ = scale dZ K       dK = scale dZ^T Q       dV = P^T dO + sum_t w[t] dO[p - t]
+    dbias[h, r, c] = sum of dZ over the pairs at that difference       dw[t] = sum_p dO[p] V[p + t]
+
+A window is a set of indices: kernels find the token of each slot by arithmetic (cross_shaped_window_tiles.py), so nothing is
+rolled, padded, partitioned or copied, and one launch serves both halves of the heads.
+
+Kernel                     one program owns                     in registers                        streamed
+window_forward             a query block of `share` windows     O, row maximum and sum, the term    keys and values
+window_gradient            `share` windows of one tile each     the term, P, dP, sum of dZ          q, k, v, dO, one window each
+window_key_value_gradient  BLOCK_N keys of a window             dK, dV                              q, dO of windows that reach them
+window_query_gradient      BLOCK_M queries of a window          dQ, lse, delta                      keys and values
+window_bias_gradient       a tile of `share` windows            the term, sum of dZ                 q, dO, k, v
+lepe_gradient              `share` blocks of tokens of a head   9 sums of dO V                      dO, V and 8 neighbours (L1, L2)
+
+Small windows (up to 64 slots in 16 bits; 49 and 56 are the published ones) are one tile. A program then walks `share` of
+them, of one head, over windows and batch: index arithmetic and bias, the same for all, stay in registers, and the loads of
+the next window overlap this one. Packing two windows into one tile would double the products for the same rows. The backward
+of such windows is one kernel: five products instead of seven, each tensor read once, no delta and no log-sum-exp.
+
+FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (small), else 18 N K D with a bias and
+14 without. Bytes at e per element: forward 4 N D e, backward 7 N D e (small); LePE adds 1 and 3 N D e where its neighbours
+hit the cache. dZ sums, (splits, H, N, K) fp32, take at most half of the output's bytes, or one split of one head.
+Nothing is atomic: sums are added in a second, ordered stage.
+"""
+
+import math
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configurations as table
+from . import cross_shaped_window_configurations as tuned
+from . import cross_shaped_window_gradients as gradients
+from . import engine
+from .cross_shaped_window_tiles import (
+    Geometry,
+    bias_centre,
+    bias_columns,
+    convolve,
+    head_at,
+    load_rows,
+    locate,
+    own_term,
+    shared_term,
+    store_rows,
+    token_at,
+)
+from .tiles import LN2, LOG2E, matmul, narrow
+
+ForwardStrides = namedtuple("ForwardStrides", "query key value output")
+
+
+@triton.jit
+def softmax_step(accumulator, maximum, total, logits, v, PRECISION: tl.constexpr):
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    p = tl.exp2(logits - anchor[:, None])
+    decay = tl.exp2(maximum - anchor)
+    accumulator = matmul(narrow(p, v.dtype), v, accumulator * decay[:, None], PRECISION)
+    return accumulator, new_maximum, total * decay + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=gradients.COUNTS)
+def window_forward(
+    query,
+    key,
+    value,
+    output,
+    logsumexp,
+    bias,
+    lepe_weight,
+    lepe_bias,
+    strides,
+    geometry,
+    batch,
+    num_heads,
+    share,
+    scale_log2,
+    ONE_TILE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """ONE_TILE: all keys of a window fit BLOCK_N."""
+    h, block, chunk, height, width, rows, columns = locate(tl.program_id(0), batch, num_heads, share, geometry, BLOCK_M)
+    key_width = width + 2 * geometry.overlap_w
+    keys = (height + 2 * geometry.overlap_h) * key_width
+    table_columns = bias_columns(width, geometry)
+    centre = bias_centre(bias, h, height, width, geometry)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    ly = i // width
+    lx = i % width
+    i_code = tl.where(i < height * width, ly * table_columns + lx, 0)
+    j = tl.arange(0, BLOCK_N)
+    ky = j // key_width
+    kx = j % key_width
+    if ONE_TILE:
+        j_code = tl.where(j < keys, ky * table_columns + kx, 0)
+        shared = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+    for member in range(chunk * share, tl.minimum(chunk * share + share, batch * rows * columns)):
+        b = (member // (rows * columns)).to(tl.int64)
+        corner_y = member // columns % rows * height
+        corner_x = member % columns * width
+        i_token, i_inside, i_region = token_at(corner_y + ly, corner_x + lx, height, width, geometry)
+        i_valid = i_inside & (i < height * width)
+        q = load_rows(
+            head_at(query, strides.query, b, h, UNIT), strides.query, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT
+        )
+        k_head = head_at(key, strides.key, b, h, UNIT)
+        v_head = head_at(value, strides.value, b, h, UNIT)
+        if ONE_TILE:
+            j_token, j_inside, j_region = token_at(
+                corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
+            )
+            j_valid = j_inside & (j < keys)
+            k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
+            v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
+            term = own_term(shared, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
+            logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
+            maximum = tl.max(logits, 1)
+            p = tl.exp2(logits - maximum[:, None])
+            total = tl.sum(p, 1)
+            accumulator = matmul(narrow(p, v.dtype), v, None, PRECISION)
+        else:
+            accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, keys, BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                ky = j // key_width
+                kx = j % key_width
+                j_token, j_inside, j_region = token_at(
+                    corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
+                )
+                j_valid = j_inside & (j < keys)
+                j_code = tl.where(j < keys, ky * table_columns + kx, 0)
+                term = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+                term = own_term(term, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
+                k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
+                v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
+                logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
+                accumulator, maximum, total = softmax_step(accumulator, maximum, total, logits, v, PRECISION)
+        # in fp64, so that lse is rounded once
+        lse = ((maximum.to(tl.float64) + tl.log2(total)) * LN2).to(tl.float32)
+        row = logsumexp + (b * num_heads + h) * geometry.grid_h * geometry.grid_w
+        tl.store(row + i_token, lse, mask=i_valid)
+        result = accumulator / total[:, None]
+        if lepe_bias is not None:
+            dims = tl.arange(0, BLOCK_D)
+            result += tl.load(lepe_bias + h * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
+        if lepe_weight is not None:
+            result = convolve(
+                *(result, lepe_weight, h, v_head, strides.value, ly, lx, corner_y, corner_x, height, width),
+                *(geometry, 1, HEAD_DIM, BLOCK_D, UNIT),
+            )
+        o_head = head_at(output, strides.output, b, h, UNIT)
+        store_rows(o_head, strides.output, result, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
+
+
+# ---- launchers ----
+
+TARGET_PROGRAMS = 2048  # several waves of the largest chip; fixed, so that sums do not depend on the device
+LEPE_CHUNKS = 512
+REDUCE = table.Configuration(16, 64, 4, 1)
+
+
+def _windows(geometry):
+    """Slots of a window and windows of the grid, per half of the heads."""
+    sizes = (geometry.window_h, geometry.window_w), (geometry.second_h, geometry.second_w)
+    return [(h * w, triton.cdiv(geometry.grid_h, h) * triton.cdiv(geometry.grid_w, w)) for h, w in sizes]
+
+
+def _launches(geometry, batch, heads, share, block):
+    """Programs of a kernel that finds its place with `locate`."""
+    return sum(
+        part * triton.cdiv(slots, block) * triton.cdiv(batch * windows, share)
+        for part, (slots, windows) in zip((heads // 2, heads - heads // 2), _windows(geometry))
+    )
+
+
+def _share(geometry, batch, heads, block, target=TARGET_PROGRAMS):
+    """How many windows a program walks, so that about `target` programs, or half as many, remain."""
+    return max(1, _launches(geometry, batch, heads, 1, block) // target)
+
+
+def _keys(geometry):
+    margin_h, margin_w = 2 * geometry.overlap_h, 2 * geometry.overlap_w
+    return max(
+        (geometry.window_h + margin_h) * (geometry.window_w + margin_w),
+        (geometry.second_h + margin_h) * (geometry.second_w + margin_w),
+    )
+
+
+def _unit(*tensors):
+    """The largest power of two, up to 16 bytes, that divides every stride but that of head_dim."""
+    return math.gcd(16 // tensors[0].element_size(), *(stride for t in tensors for stride in t.stride()[:3]))
+
+
+def _options(query, geometry, mask_padding):
+    """mask_padding is only worth a mask where there is padding."""
+    padded = geometry.overlap_h + geometry.overlap_w > 0 or any(
+        slots * windows > query.shape[2] for slots, windows in _windows(geometry)
+    )
+    return {
+        "SHIFTED": geometry.shift_h + geometry.shift_w > 0,
+        "MASKED": mask_padding and padded,
+        "HEAD_DIM": query.shape[3],
+        "BLOCK_D": table.block_d(query.shape[3]),
+        "PRECISION": table.precision(query),
+    }
+
+
+def _lean(bias, geometry, options):
+    """Whether the term is one number for all."""
+    overlap = geometry.overlap_h + geometry.overlap_w
+    return bias is None and overlap == 0 and not (options["SHIFTED"] or options["MASKED"])
+
+
+def _blocks(config):
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+
+
+def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
+    """(output, logsumexp)"""
+    *geometry, mask_padding, scale = options
+    geometry = Geometry(*geometry)
+    batch, heads, tokens, _ = query.shape
+    output = torch.empty_like(query)
+    logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
+    if query.numel() == 0:
+        return output, logsumexp
+    options = _options(query, geometry, mask_padding)
+    slots = max(slots for slots, _ in _windows(geometry))
+    unit = _unit(query, key, value, output)
+    config = tuned.forward(query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
+    one_tile = _keys(geometry) <= config.block_n
+    share = _share(geometry, batch, heads, config.block_m) if one_tile else 1
+    strides = ForwardStrides(*(t.stride() for t in (query, key, value, output)))
+    table.launch(
+        window_forward,
+        _launches(geometry, batch, heads, share, config.block_m),
+        query.device,
+        config,
+        *(query, key, value, output, logsumexp, bias, lepe_weight, lepe_bias, strides, geometry),
+        *(batch, heads, share, scale * LOG2E.value),
+        ONE_TILE=one_tile,
+        UNIT=unit,
+        **_blocks(config),
+        **options,
+    )
+    return output, logsumexp
+
+
+def _row_stride(geometry):
+    return triton.cdiv(_keys(geometry), 16) * 16
+
+
+def _splits(query, geometry, owners):
+    """(heads of a group, splits of the windows): the sums of dZ of one group take at most half of the output's bytes."""
+    batch, heads = query.shape[:2]
+    slots, windows = _windows(geometry)[0]
+    budget = query.numel() * query.element_size() // 2 // (4 * slots * _row_stride(geometry))
+    group = max(1, min(heads, budget))
+    return group, max(1, min(budget // group, batch * windows, TARGET_PROGRAMS // (owners * group)))
+
+
+def _reduce_bias(partial, grad_bias, geometry, first_head):
+    splits, heads = partial.shape[:2]
+    rows, columns = grad_bias.shape[1:]
+    table.launch(
+        gradients.reduce_bias,
+        heads * rows * triton.cdiv(columns, REDUCE.block_n),
+        partial.device,
+        REDUCE,
+        *(partial, partial.shape[3], grad_bias, geometry, splits, heads, first_head),
+        BLOCK_X=REDUCE.block_m,
+        LANES=REDUCE.block_n,
+    )
+
+
+def _partial(query, splits, heads, geometry):
+    shape = (splits, heads, geometry.window_h * geometry.window_w, _row_stride(geometry))
+    return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+
+def _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale):
+    """grad_query, grad_key and grad_value of windows that are one tile, without bias and masks."""
+    query = inputs[0]
+    batch, heads = query.shape[:2]
+    share = _share(geometry, batch, heads, config.block_m)
+    table.launch(
+        gradients.window_gradient,
+        _launches(geometry, batch, heads, share, config.block_m),
+        query.device,
+        config,
+        *(*inputs, lepe_weight, *grads[:3]),
+        gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3]))),
+        *(geometry, batch, heads, share, scale * LOG2E.value, scale),
+        HEAD_DIM=query.shape[3],
+        BLOCK=config.block_m,
+        BLOCK_D=table.block_d(query.shape[3]),
+        UNIT=_unit(*inputs, *grads[:3]),
+        PRECISION=table.precision(query),
+    )
+
+
+def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, options):
+    """grad_query, grad_key, grad_value and grad_bias of any windows."""
+    query = inputs[0]
+    batch, heads = query.shape[:2]
+    strides = gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3])))
+    scales = (scale * LOG2E.value, scale)
+    unit = _unit(*inputs, *grads[:3])
+    lean = _lean(bias, geometry, options)
+    config = tuned.tile("window_key_value_gradient", query, lean, unit)
+    table.launch(
+        gradients.window_key_value_gradient,
+        _launches(geometry, batch, heads, 1, config.block_n),
+        query.device,
+        config,
+        *(*inputs, *statistics, bias, lepe_weight, *grads[1:3], strides, geometry, batch, heads, 1, *scales),
+        UNIT=unit,
+        **_blocks(config),
+        **options,
+    )
+    config = tuned.tile("window_query_gradient", query, lean, unit)
+    table.launch(
+        gradients.window_query_gradient,
+        _launches(geometry, batch, heads, 1, config.block_m),
+        query.device,
+        config,
+        *(*inputs, *statistics, bias, grads[0], strides, geometry, batch, heads, 1, *scales),
+        UNIT=unit,
+        **_blocks(config),
+        **options,
+    )
+    if bias is None:
+        return
+    config = tuned.tile("window_bias_gradient", query, lean, unit)
+    (slots, windows), _ = _windows(geometry)
+    owners = triton.cdiv(slots, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
+    group, splits = _splits(query, geometry, owners)
+    share = triton.cdiv(batch * windows, splits)
+    splits = triton.cdiv(batch * windows, share)
+    for first in range(0, heads, group):
+        size = min(group, heads - first)
+        partial = _partial(query, splits, size, geometry)
+        table.launch(
+            gradients.window_bias_gradient,
+            owners * size * splits,
+            query.device,
+            config,
+            *(*inputs, *statistics, bias, partial, partial.shape[3], strides, geometry),
+            *(batch, heads, share, first, size, splits, scales[0]),
+            UNIT=unit,
+            **_blocks(config),
+            **options,
+        )
+        _reduce_bias(partial, grads[3], geometry, first)
+
+
+def _sum(partial, destination):
+    count, size = partial.shape[0], destination.numel()
+    table.launch(
+        gradients.sum_partials,
+        triton.cdiv(size, REDUCE.block_n),
+        partial.device,
+        REDUCE,
+        *(partial, destination, count, size),
+        BLOCK=REDUCE.block_m,
+        LANES=REDUCE.block_n,
+    )
+
+
+def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry):
+    """grad_lepe_weight and grad_lepe_bias; fills delta, where given, with that of the softmax part."""
+    batch, heads, tokens, head_dim = value.shape
+    config = tuned.lepe(value)
+    blocks = batch * triton.cdiv(tokens, config.block_m)
+    share = triton.cdiv(blocks, max(1, LEPE_CHUNKS // heads))
+    chunks = triton.cdiv(blocks, share)
+    partial_weight = grads[4].new_empty((chunks, heads, 9, head_dim))
+    partial_bias = None if lepe_bias is None else grads[5].new_empty((chunks, heads, head_dim))
+    table.launch(
+        gradients.lepe_gradient,
+        heads * chunks,
+        value.device,
+        config,
+        *(output, value, grad_output, lepe_weight, lepe_bias, delta, partial_weight, partial_bias),
+        gradients.LepeStrides(output.stride(), value.stride(), grad_output.stride()),
+        *(geometry, batch, heads, share, chunks),
+        HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_D=table.block_d(head_dim),
+        UNIT=_unit(output, value, grad_output),
+    )
+    _sum(partial_weight, grads[4])
+    if lepe_bias is not None:
+        _sum(partial_bias, grads[5])
+
+
+def window_bwd(grad_output, query, key, value, bias, lepe_weight, lepe_bias, output, logsumexp, *options):
+    """(grad_query, grad_key, grad_value, grad_bias, grad_lepe_weight, grad_lepe_bias); empty for an absent parameter"""
+    *geometry, mask_padding, scale = options
+    geometry = Geometry(*geometry)
+    parameters = (bias, lepe_weight, lepe_bias)
+    absent = torch.empty((0,), dtype=torch.float32, device=query.device)
+    grads = [torch.empty_like(t) for t in (query, key, value)]
+    grads += [absent.clone() if t is None else torch.zeros_like(t) for t in parameters]
+    if query.numel() == 0:
+        return tuple(grads)
+    options = _options(query, geometry, mask_padding)
+    config = tuned.one_tile(query, _keys(geometry)) if _lean(bias, geometry, options) else None
+    delta = None if config else torch.empty_like(logsumexp)
+    if lepe_weight is not None:
+        _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry)
+    elif not config:
+        delta = engine.run_row_delta(output, grad_output)
+    inputs = (query, key, value, grad_output)
+    if config:
+        _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale)
+    else:
+        _backward(inputs, (logsumexp, delta), bias, lepe_weight, grads, geometry, scale, options)
+    return tuple(grads)

@@ -1,0 +1,81 @@
+"""Tile shapes of the window kernels: by element width, BLOCK_D, and the number of slots rounded up to a power of two.
+
+Chosen by ahead-of-time compiles, as in configurations.py: none spills and each fits its chip (tests/test_triton_compile.py).
+Lean are calls without bias, shift, overlap and padding mask.
+"""
+
+import torch
+import triton
+
+from . import configurations as table
+from .configurations import Configuration as C
+
+# Columns: BLOCK_D up to 32, 64, 128 and 256.
+_ONE_TILE = {"half": (64, 64, 32, 16), "single": (32, 16, 16, 0)}  # most slots of a window whose backward is one tile
+_HALF = {
+    "window_forward": (C(64, 64, 4, 1), C(64, 32, 4, 1), C(64, 32, 8, 2), C(64, 32, 8, 2)),
+    "window_key_value_gradient": (C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 32, 4, 2), C(32, 32, 8, 1)),
+    "window_query_gradient": (C(64, 64, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 4, 1)),
+    "window_bias_gradient": (C(64, 32, 4, 1), C(64, 32, 4, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+}
+_HALF_RICH = _HALF | {
+    "window_forward": (C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 8, 2), C(64, 32, 8, 2)),
+    "window_query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 4, 1)),
+}
+_SINGLE = {
+    "window_forward": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
+    "window_key_value_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+    "window_query_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 8, 1)),
+    "window_bias_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 16, 4, 1)),
+}
+_TABLE = {("half", True): _HALF, ("half", False): _HALF_RICH, ("single", True): _SINGLE, ("single", False): _SINGLE}
+_EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an occupancy step
+    ("sm_80", "half", True, "window_key_value_gradient", 0): C(32, 64, 8, 1),
+    ("sm_80", "half", False, "window_key_value_gradient", 0): C(32, 64, 8, 1),
+    ("sm_100", "half", True, "window_key_value_gradient", 0): C(32, 64, 4, 2),
+    ("sm_100", "half", False, "window_forward", 0): C(64, 16, 4, 1),
+}
+_INTERPRETED = C(32, 32, 4, 1)
+
+
+def _row(query):
+    """(interpreted, width, column)"""
+    block_d = table.block_d(query.shape[3])
+    column = (block_d > 32) + (block_d > 64) + (block_d > 128)
+    width = "single" if query.dtype == torch.float32 else "half"
+    return table.architecture(query.device) == "interpreted", width, column
+
+
+def _rounded(count):
+    return max(16, triton.next_power_of_2(count))
+
+
+def tile(kernel, query, lean, unit):
+    """Rows that are read by few elements at a time (unit) leave no registers to prefetch."""
+    interpreted, width, column = _row(query)
+    if interpreted:
+        return _INTERPRETED
+    family = table.architecture(query.device)
+    config = _EXCEPTIONS.get((family, width, lean, kernel, column), _TABLE[width, lean][kernel][column])
+    return config if unit >= 4 else config._replace(num_stages=1)
+
+
+def forward(query, slots, keys, lean, unit):
+    """Windows that need no whole tile get a smaller one."""
+    config = tile("window_forward", query, lean, unit)
+    block_m = min(config.block_m, _rounded(slots))
+    warps = max(1, config.num_warps * block_m // config.block_m)
+    return C(block_m, min(config.block_n, _rounded(keys)), warps, config.num_stages)
+
+
+def one_tile(query, slots):
+    """The backward's tile for windows of one tile, else None."""
+    interpreted, width, column = _row(query)
+    if slots > (_INTERPRETED.block_m if interpreted else _ONE_TILE[width][column]):
+        return None
+    block = _rounded(slots)
+    return C(block, block, max(1, block // (16 if width == "half" else 8)), 1)
+
+
+def lepe(value):
+    return C(max(4, 1024 // table.block_d(value.shape[3])), 0, 4, 1)
