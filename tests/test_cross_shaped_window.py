@@ -194,6 +194,24 @@ def test_lepe_never_looks_across_a_window_border(backend):
     close((out - plain)[0, 0, :, :2].permute(2, 0, 1), F.conv2d(stripe, weight[:8], bias[:8], padding=1, groups=8))
 
 
+@BACKENDS
+def test_parameters_of_any_strides(backend):
+    query, key, value = inputs(backend, 1, 2, 4 * 4, 8)
+    weight, bias = normal(16, 1, 3, 3, seed=7).to(value).transpose(2, 3), normal(32, seed=8).to(value)[::2]
+    table = normal(2, 9, seed=9).to(value).t()
+    strided, plain = (
+        window_attention(
+            *(query, key, value, (4, 4), (2, 2)),
+            lepe_weight=layout(weight),
+            lepe_bias=layout(bias),
+            bias_table=layout(table),
+            backend=backend,
+        )
+        for layout in (lambda t: t, torch.Tensor.contiguous)
+    )
+    assert torch.equal(strided, plain)
+
+
 # ---- real shapes ----
 
 

@@ -25,7 +25,9 @@ SCRIPT = Path(__file__).with_name("triton_compiler.py")
 CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 and needs less of everything
 ENGINE = configurations.KERNELS
-PRODUCTS = (*ENGINE, "linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
+SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
+WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
+PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS)
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
@@ -33,20 +35,32 @@ OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean"
 def cases():
     """(operation, family, dtype, head_dim, kernels or None for all)"""
     if os.environ.get("EFFATTN_COMPILE") == "all":
-        return [
-            (operation, family, dtype, head_dim, None)
-            for operation in ("gaussian_mixture", *OTHERS)
-            for family in configurations.FAMILIES
-            for dtype in ("bfloat16", "float32")
-            for head_dim in (16, 48, 64, 80, 128, 160, 256)
-        ] + [
-            (operation, family, dtype, size, None)
-            for operation in triton_compiler.OPERATIONS
-            if operation.startswith("shift")
-            for family in configurations.FAMILIES
-            for dtype in ("bfloat16", "float32")
-            for size in (ROWS if "linear" in operation else (16, 17, 64, 100, 128, 160, 256))
-        ]
+        return (
+            [
+                (operation, family, dtype, head_dim, None)
+                for operation in ("gaussian_mixture", *OTHERS)
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float32")
+                for head_dim in (16, 48, 64, 80, 128, 160, 256)
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.OPERATIONS
+                if operation.startswith("shift")
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float32")
+                for size in (ROWS if "linear" in operation else (16, 17, 64, 100, 128, 160, 256))
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.WINDOWS
+                for family in CUDA
+                for dtype in ("bfloat16", "float32")
+                for size in (
+                    (24, 30, 32, 46, 53, 77, 122) if operation in ("window_hat", "window_overlapping") else (24, 30, 32)
+                )
+            ]
+        )
     chosen = [
         (operation, family, "bfloat16", head_dim, ENGINE)
         for operation in ("gaussian_mixture", "masked_product")
@@ -82,6 +96,12 @@ def cases():
         ("shift_add_published", "sm_100", "bfloat16", 256, ("query_key_gradient",)),
         ("shift_add_sign", "sm_120", "float16", 128, ("context", "query_key_gradient")),
         ("shift_add_per_head", "sm_80", "float32", 256, ("query_key_gradient",)),
+        ("window_swin_7", "sm_90", "bfloat16", 32, WINDOWS),
+        ("window_overlapping", "sm_100", "bfloat16", 30, WINDOWS),
+        ("window_stripes_1", "sm_90", "bfloat16", 24, None),
+        ("window_stripes_7", "sm_80", "bfloat16", 24, WINDOWS),
+        ("window_hat", "sm_120", "bfloat16", 53, ("window_key_value_gradient", "window_bias_gradient", "reduce_bias")),
+        ("window_stripes_12", "sm_80", "float32", 32, WINDOWS),
     ]
     return chosen
 
@@ -109,7 +129,7 @@ def problems(result):
     if result["kernel"] in PRODUCTS and not any(result["matrix"].values()):
         wrong.append("no arithmetic: the compiler gave the kernel up")
     if result["kernel"] in PRODUCTS and result["dtype"] in ("bfloat16", "float16") and family in CUDA:
-        rows = result["config"][1 if result["kernel"] in ("key_value_gradient", "linear_forward") else 0]
+        rows = result["config"][result["kernel"].removeprefix("window_") in ("key_value_gradient", "linear_forward")]
         wanted = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(family, "HMMA") if rows >= 64 else "HMMA"
         if result["operation"].endswith("int8") and result["kernel"] == "linear_forward":
             wanted = wanted.replace("H", "I", 1) if family != "sm_100" else "UTCIMMA"
@@ -158,7 +178,7 @@ def test_hopper_multiplies_shift_add_tiles_with_warpgroups(results):
         if result["family"] == "sm_90" and result["operation"].startswith("shift") and result["kernel"] in PRODUCTS:
             kernels.add(result["kernel"])
             assert result["matrix"]["HGMMA"] or result["matrix"]["IGMMA"], describe(result)
-    assert kernels == set(PRODUCTS) - set(ENGINE)
+    assert kernels == set(SHIFT_ADD)
 
 
 def test_hopper_multiplies_tiles_with_warpgroups_up_to_head_dim_128(results):

@@ -149,12 +149,10 @@ def test_a_program_may_walk_any_number_of_windows(case, bias, lepe, monkeypatch)
 
 def test_splits_and_groups_of_heads_of_the_bias_gradient_agree(monkeypatch):
     run = run_of(BIASED, True, None, heads=3)
-    results = []
-    for splits in ((1, 1), (2, 3), (2, 3)):
-        monkeypatch.setattr(windows, "_splits", lambda *_, splits=splits: splits)
-        results.append(run())
-    assert torch.equal(results[1]["bias_table"], results[2]["bias_table"])
-    torch.testing.assert_close(results[0]["bias_table"], results[1]["bias_table"])
+    monkeypatch.setattr(windows, "_splits", lambda *_: (1, 1))
+    expected = run()["bias_table"]
+    monkeypatch.setattr(windows, "_splits", lambda *_: (2, 3))
+    torch.testing.assert_close(run()["bias_table"], expected)
 
 
 def test_sums_of_the_bias_gradient_take_at_most_half_of_the_output_or_one_head():

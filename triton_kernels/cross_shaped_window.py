@@ -9,22 +9,24 @@
 A window is a set of indices: kernels find the token of each slot by arithmetic (cross_shaped_window_tiles.py), so nothing is
 rolled, padded, partitioned or copied, and one launch serves both halves of the heads.
 
-Kernel                     one program owns                     in registers                        streamed
-window_forward             a query block of `share` windows     O, row maximum and sum, the term    keys and values
-window_gradient            `share` windows of one tile each     the term, P, dP, sum of dZ          q, k, v, dO, one window each
-window_key_value_gradient  BLOCK_N keys of a window             dK, dV                              q, dO of windows that reach them
-window_query_gradient      BLOCK_M queries of a window          dQ, lse, delta                      keys and values
-window_bias_gradient       a tile of `share` windows            the term, sum of dZ                 q, dO, k, v
-lepe_gradient              `share` blocks of tokens of a head   9 sums of dO V                      dO, V and 8 neighbours (L1, L2)
+Kernel                     one program owns                     in registers                   streamed
+window_forward             a query block of `share` windows     O, row maximum and sum         keys and values
+window_gradient            `share` windows of one tile each     P, dP, one of dV, dQ, dK       q, k, v, dO, one window each
+window_key_value_gradient  BLOCK_N keys of a window             dK, dV                         q, dO of windows that reach them
+window_query_gradient      BLOCK_M queries of a window          dQ, lse, delta                 keys and values
+window_bias_gradient       a tile of `share` windows            bias, sum of dZ                q, dO, k, v
+lepe_gradient              `share` blocks of tokens of a head   9 sums of dO V, sum of dO      dO, V and 8 neighbours (L1, L2)
 
-Small windows (up to 64 slots in 16 bits; 49 and 56 are the published ones) are one tile. A program then walks `share` of
-them, of one head, over windows and batch: index arithmetic and bias, the same for all, stay in registers, and the loads of
-the next window overlap this one. Packing two windows into one tile would double the products for the same rows. The backward
-of such windows is one kernel: five products instead of seven, each tensor read once, no delta and no log-sum-exp.
+Small windows. A window whose keys fit one tile is one tile: up to 64 slots in 16 bits (49 and 56 are the published ones), up
+to 32 where bias or masks take registers. A program then walks `share` windows of one head, over grid and batch, and keeps
+what they share, bias and indices, in registers. Two windows in one tile would be twice the products for the same rows.
+Without bias and masks (cross-shaped windows) the backward of such windows is one kernel: five products instead of seven, each
+tensor read once, no delta and no log-sum-exp. Prefetch (num_stages 2) costs more registers than these short loops repay in
+occupancy, so most tiles have none; that is a choice by compiled registers, not by time.
 
-FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (small), else 18 N K D with a bias and
-14 without. Bytes at e per element: forward 4 N D e, backward 7 N D e (small); LePE adds 1 and 3 N D e where its neighbours
-hit the cache. dZ sums, (splits, H, N, K) fp32, take at most half of the output's bytes, or one split of one head.
+FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (one tile), else 14 N K D and 4 more for
+a bias. Bytes at e per element: forward 4 N D e, backward 7 N D e (one tile); LePE reads 1 and 3 N D e more where its
+neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, take at most half of the output's bytes, or one head's tile.
 Nothing is atomic: sums are added in a second, ordered stage.
 """
 
@@ -205,7 +207,8 @@ def _keys(geometry):
 
 def _unit(*tensors):
     """The largest power of two, up to 16 bytes, that divides every stride but that of head_dim."""
-    return math.gcd(16 // tensors[0].element_size(), *(stride for t in tensors for stride in t.stride()[:3]))
+    strides = (stride for t in tensors for stride, size in zip(t.stride()[:3], t.shape) if size > 1)
+    return math.gcd(16 // tensors[0].element_size(), *strides)
 
 
 def _options(query, geometry, mask_padding):
@@ -387,7 +390,8 @@ def _sum(partial, destination):
 def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry):
     """grad_lepe_weight and grad_lepe_bias; fills delta, where given, with that of the softmax part."""
     batch, heads, tokens, head_dim = value.shape
-    config = tuned.lepe(value)
+    unit = _unit(output, value, grad_output)
+    config = tuned.lepe(value, unit)
     blocks = batch * triton.cdiv(tokens, config.block_m)
     share = triton.cdiv(blocks, max(1, LEPE_CHUNKS // heads))
     chunks = triton.cdiv(blocks, share)
@@ -404,7 +408,7 @@ def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, gr
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_D=table.block_d(head_dim),
-        UNIT=_unit(output, value, grad_output),
+        UNIT=unit,
     )
     _sum(partial_weight, grads[4])
     if lepe_bias is not None:

@@ -1,6 +1,7 @@
 """Tile shapes of the window kernels: by element width, BLOCK_D, and the number of slots rounded up to a power of two.
 
-Chosen by ahead-of-time compiles, as in configurations.py: none spills and each fits its chip (tests/test_triton_compile.py).
+Chosen by ahead-of-time compiles, as in configurations.py, at head_dim 24, 30 and 32 and the published windows
+(tests/test_triton_compile.py). No tile here was timed.
 Lean are calls without bias, shift, overlap and padding mask.
 """
 
@@ -13,20 +14,20 @@ from .configurations import Configuration as C
 # Columns: BLOCK_D up to 32, 64, 128 and 256.
 _ONE_TILE = {"half": (64, 64, 32, 16), "single": (32, 16, 16, 0)}  # most slots of a window whose backward is one tile
 _HALF = {
-    "window_forward": (C(64, 64, 4, 1), C(64, 32, 4, 1), C(64, 32, 8, 2), C(64, 32, 8, 2)),
-    "window_key_value_gradient": (C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 32, 4, 2), C(32, 32, 8, 1)),
-    "window_query_gradient": (C(64, 64, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 4, 1)),
-    "window_bias_gradient": (C(64, 32, 4, 1), C(64, 32, 4, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+    "window_forward": (C(64, 64, 4, 1), C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
+    "window_key_value_gradient": (C(32, 64, 4, 1), C(32, 64, 8, 1), C(16, 32, 8, 1), C(32, 32, 8, 1)),
+    "window_query_gradient": (C(64, 64, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(32, 16, 4, 1)),
+    "window_bias_gradient": (C(64, 32, 4, 1), C(32, 32, 4, 1), C(16, 16, 8, 1), C(16, 16, 4, 1)),
 }
 _HALF_RICH = _HALF | {
-    "window_forward": (C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 8, 2), C(64, 32, 8, 2)),
-    "window_query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 4, 1)),
+    "window_forward": (C(64, 32, 4, 1), C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 8, 1)),
+    "window_query_gradient": (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(32, 16, 4, 1)),
 }
 _SINGLE = {
-    "window_forward": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
-    "window_key_value_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
-    "window_query_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 8, 1)),
-    "window_bias_gradient": (C(32, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 16, 4, 1)),
+    "window_forward": (C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1)),
+    "window_key_value_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+    "window_query_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 8, 1)),
+    "window_bias_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 16, 8, 1), C(16, 16, 4, 1)),
 }
 _TABLE = {("half", True): _HALF, ("half", False): _HALF_RICH, ("single", True): _SINGLE, ("single", False): _SINGLE}
 _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an occupancy step
@@ -34,6 +35,7 @@ _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an 
     ("sm_80", "half", False, "window_key_value_gradient", 0): C(32, 64, 8, 1),
     ("sm_100", "half", True, "window_key_value_gradient", 0): C(32, 64, 4, 2),
     ("sm_100", "half", False, "window_forward", 0): C(64, 16, 4, 1),
+    ("sm_120", "half", False, "window_forward", 0): C(64, 16, 4, 1),
 }
 _INTERPRETED = C(32, 32, 4, 1)
 
@@ -51,10 +53,11 @@ def _rounded(count):
 
 
 def tile(kernel, query, lean, unit):
-    """Rows that are read by few elements at a time (unit) leave no registers to prefetch."""
+    """Rows that are read by few elements at a time (unit) take more registers: no prefetch, and a smaller tile."""
     interpreted, width, column = _row(query)
     if interpreted:
         return _INTERPRETED
+    column += unit == 1 and column < 2
     family = table.architecture(query.device)
     config = _EXCEPTIONS.get((family, width, lean, kernel, column), _TABLE[width, lean][kernel][column])
     return config if unit >= 4 else config._replace(num_stages=1)
@@ -77,5 +80,6 @@ def one_tile(query, slots):
     return C(block, block, max(1, block // (16 if width == "half" else 8)), 1)
 
 
-def lepe(value):
-    return C(max(4, 1024 // table.block_d(value.shape[3])), 0, 4, 1)
+def lepe(value, unit):
+    rows = (1024 if unit > 1 else 512) // table.block_d(value.shape[3])
+    return C(max(4, rows), 0, 4, 1)

@@ -52,6 +52,8 @@ class Backward {
   static constexpr int kPair = Arithmetic::kPerWord;
   static constexpr bool kWindows = requires { Family::kWindows; };
   using Tasks = typename TasksOf<kWindows>::Type;
+  // Rows of so many vectors fit into 32 registers.
+  static constexpr int kShortVectors = kWindows && kLanes == 16 ? (kPair == 1 ? 7 : 4) : 0;
 
  public:
   struct Shared {
@@ -139,9 +141,9 @@ class Backward {
  private:
   // The smallest pitch of an odd number of cache lines.
   static int64_t odd_lines(int64_t keys) { return (round_up(keys, 16) / 16 | 1) * 16; }
-  // As many as make a tile of the usual size.
+  // As many as make a tile of about the usual size.
   static int64_t queries_per_block(int64_t tile_pitch) {
-    return larger(kBackwardQueries * kTilePitch / tile_pitch / kTileRows, 1) * kTileRows;
+    return larger(kWindowTile / tile_pitch / kTileRows, 4) * kTileRows;
   }
 
   void run_chunk(int64_t task) {
@@ -176,8 +178,9 @@ class Backward {
   void run_windows(int64_t task) {
     const WindowChunks& chunks = shared_.chunks;
     const int64_t head = task / chunks.chunks, chunk = task % chunks.chunks, windows = policy_.windows(head);
+    const int64_t end = chunks.begin(chunk + 1, windows);
     sink_.begin(task);
-    for (int64_t problem = chunks.begin(chunk, windows); problem < chunks.begin(chunk + 1, windows); ++problem) {
+    for (int64_t problem = chunks.begin(chunk, windows); problem < end; ++problem) {
       const int64_t batch = chunks.batch(problem, windows), window = chunks.window(problem, windows);
       const IndexSet rows = policy_.rows(head, window);
       if (rows.queries == 0) continue;
@@ -185,6 +188,7 @@ class Backward {
       prepare_keys(batch, head, rows, 0, rows.keys);
       prepare_queries(batch, head, rows);
       sink_.enter(batch, head, rows);
+      fetch(batch, head, rows, problem + 1 < end && !chunks.by_image && batch + 1 < chunks.batches);
       const int64_t blocks = (queries_ + block_queries_ - 1) / block_queries_;
       const int64_t block = round_up((queries_ + blocks - 1) / blocks, kTileRows);
       for (int64_t row = 0; row < queries_; row += block)
@@ -206,6 +210,19 @@ class Backward {
   }
 
  private:
+  // The rows that this window's gradients go to, and those of the same window of the next image.
+  void fetch(int64_t batch, int64_t head, const IndexSet& rows, bool next_image) {
+    fetch_.clear(head_dim_ * element_size(arguments_.query.dtype), (queries_ + kTileRows - 1) / kTileRows);
+    fetch_.add(arguments_.grad_query, batch, head, rows.query_tokens, rows.queries);
+    fetch_.add(arguments_.grad_key, batch, head, rows.key_tokens, rows.keys);
+    fetch_.add(arguments_.grad_value, batch, head, rows.key_tokens, rows.keys);
+    if (!next_image) return;
+    fetch_.add(arguments_.query, batch + 1, head, rows.query_tokens, rows.queries);
+    fetch_.add(arguments_.grad_output, batch + 1, head, rows.query_tokens, rows.queries);
+    fetch_.add(arguments_.key, batch + 1, head, rows.key_tokens, rows.keys);
+    fetch_.add(arguments_.value, batch + 1, head, rows.key_tokens, rows.keys);
+  }
+
   void prepare_keys(int64_t batch, int64_t key_head, const IndexSet& rows, int64_t first_key, int64_t count) {
     const int64_t rotation = policy_.rotation();
     const Matrix keys = matrix_at(arguments_.key, batch, key_head, first_key, rotation, rows.key_tokens);
@@ -243,20 +260,15 @@ class Backward {
 
   void store_queries(int64_t batch, int64_t head, const IndexSet& rows) const {
     const Matrix to = matrix_at(arguments_.grad_query, batch, head, 0, policy_.rotation(), rows.query_tokens);
-    const Vec factor = gradient_factor(arguments_);
-    for (int64_t r = 0; r < queries_; ++r) store_row(to, r, grad_query_ + r * pitch_, factor, head_dim_);
+    store_rows(to, queries_, grad_query_, pitch_, gradient_factor(arguments_), head_dim_);
   }
 
   void store_keys(int64_t batch, int64_t key_head, const IndexSet& rows) const {
-    const Matrix to_key =
-        matrix_at(arguments_.grad_key, batch, key_head, first_key_, policy_.rotation(), rows.key_tokens);
-    const Matrix to_value =
-        matrix_at(arguments_.grad_value, batch, key_head, first_key_, policy_.rotation(), rows.key_tokens);
-    const Vec factor = gradient_factor(arguments_);
-    for (int64_t r = 0; r < chunk_keys_; ++r) {
-      store_row(to_key, r, grad_key_ + r * pitch_, factor, head_dim_);
-      store_row(to_value, r, grad_value_ + r * pitch_, broadcast(1.f), head_dim_);
-    }
+    const int64_t rotation = policy_.rotation();
+    const Matrix to_key = matrix_at(arguments_.grad_key, batch, key_head, first_key_, rotation, rows.key_tokens);
+    const Matrix to_value = matrix_at(arguments_.grad_value, batch, key_head, first_key_, rotation, rows.key_tokens);
+    store_rows(to_key, chunk_keys_, grad_key_, pitch_, gradient_factor(arguments_), head_dim_);
+    store_rows(to_value, chunk_keys_, grad_value_, pitch_, broadcast(1.f), head_dim_);
   }
 
   // Both tiles of one block of queries and one of keys, and all five products. Unless some rows see fewer keys, what
@@ -304,7 +316,12 @@ class Backward {
     const int64_t plain_keys = smaller(policy_.plain_keys(row + r) - key, count);
     const int64_t plain = plain_keys <= 0 ? 0 : plain_keys / kLanes;
     live_ = round_up(rows, kPair);
-    if (whole_rows_) {
+    if (kShortVectors > 0 && vectors <= kShortVectors) {
+      if (plain_keys == count)
+        short_rows<true, kShortVectors>(vectors, row, r, count);
+      else
+        short_rows<false, kShortVectors>(vectors, row, r, count);
+    } else if (whole_rows_) {
       Vec sum[kTileRows] = {}, product[kTileRows] = {};
       if (plain > 0) weigh<true>(row, r, key, count, 0, plain, sum, product);
       if (plain < vectors) weigh<false>(row, r, key, count, plain, vectors, sum, product);
@@ -319,7 +336,69 @@ class Backward {
       if (plain > 0) differentiate_vectors<true, false>(row, r, key, count, 0, plain);
       if (plain < vectors) differentiate_vectors<false, false>(row, r, key, count, plain, vectors);
     }
-    if constexpr (kWindows) sink_.fold(row + r, rows);
+    if constexpr (kWindows) {
+      sink_.fold(row + r, rows);
+      fetch_.step();
+    }
+  }
+
+  template <bool kPlain, int kVectors>
+  EFFATTN_INLINE void short_rows(int64_t vectors, int64_t row, int64_t r, int64_t count) {
+    if constexpr (kVectors > 0) {
+      if (vectors == kVectors)
+        differentiate_short<kPlain, kVectors>(row, r, count);
+      else
+        short_rows<kPlain, kVectors - 1>(vectors, row, r, count);
+    }
+  }
+
+  // Whole rows of few keys, as weigh and differentiate_vectors do them, but in one pass: P and dP stay in registers.
+  template <bool kPlain, int kVectors>
+  __attribute__((noinline)) void differentiate_short(int64_t row, int64_t r, int64_t count) {
+    const auto tile = policy_.template tile<kPlain>(row + r, 0);
+    const Mask last = first_lanes(count - (kVectors - 1) * kLanes);
+    for (int i = 0; i < live_; i += kPair) {
+      Vec w[kPair][kVectors], grad_score[kPair][kVectors];
+      float* scores = scores_ + (r + i) * tile_pitch_;
+      float* grad_scores = grad_scores_ + (r + i) * tile_pitch_;
+      EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
+        const Vec logsumexp = broadcast(logsumexp_[row + r + i + p]);
+        Vec sum = {}, product = {};
+        EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = p * tile_pitch_ + v * kLanes;
+          const Vec logit = tile.transform(load(scores + at), i + p, v);
+          w[p][v] = exp2<Arithmetic::kExp2Degree>(fma(logsumexp, broadcast(-kLog2E), logit));
+          if (v == kVectors - 1) w[p][v] = select(last, w[p][v], Vec{});
+          grad_score[p][v] = load(grad_scores + at);
+          sum += w[p][v];
+          product = fma(w[p][v], grad_score[p][v], product);
+        }
+        const float total = reduce_add(sum), inverse = total > 0.f ? 1.f / total : 0.f;
+        const Vec delta = broadcast(reduce_add(product) * inverse);
+        float* to = nullptr;
+        if constexpr (kWindows) to = sink_.row(row + r + i + p, i + p);
+        EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = p * tile_pitch_ + v * kLanes;
+          w[p][v] *= broadcast(inverse);
+          grad_score[p][v] = w[p][v] * (grad_score[p][v] - delta);
+          if (to) store(to + v * kLanes, load(to + v * kLanes) + grad_score[p][v]);
+          if constexpr (kPair == 1) {
+            store(scores + at, w[p][v]);
+            store(grad_scores + at, grad_score[p][v]);
+          } else {
+            store_float(
+                reinterpret_cast<bfloat16*>(grad_scores_by_query_) + (r + i) * tile_pitch_ + at, grad_score[p][v]);
+          }
+        }
+      }
+      if constexpr (kPair == 2) {
+        EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = (r + i) / 2 * tile_pitch_ + v * kLanes;
+          store_pair<Arithmetic>(weights_by_key_ + at, w[0][v], w[1][v]);
+          store_pair<Arithmetic>(grad_scores_by_key_ + at, grad_score[0][v], grad_score[1][v]);
+        }
+      }
+    }
   }
 
   template <bool kPlain, class Tile>
@@ -408,6 +487,7 @@ class Backward {
   const AttentionBackward& arguments_;
   Policy policy_;
   Sink sink_;
+  RowFetch fetch_;
   const int64_t head_dim_, depth_, row_pitch_, pitch_, most_queries_, tile_pitch_, block_queries_;
   bool whole_rows_, limited_ = false;
   int64_t queries_ = 0, first_key_ = 0, chunk_keys_ = 0, key_gradient_floats_ = 0, live_ = 0;

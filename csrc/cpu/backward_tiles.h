@@ -11,6 +11,8 @@ inline constexpr int64_t kBackwardQueries = 96;
 inline constexpr int64_t kBackwardKeys =
     192;  // a multiple of kTileRows and kTileColumns; the last block takes up to kKeyBlock
 inline constexpr int64_t kTilePitch = kKeyBlock + 16;  // an odd number of cache lines: columns spread over all sets
+inline constexpr int64_t kWindowTile =
+    128 * kTilePitch;  // floats of a tile of whole rows, fewer where a window is small
 inline constexpr int64_t kFewestTasks = 16;
 static_assert(
     kBackwardKeys % kTileRows == 0 && kBackwardKeys % kTileColumns == 0 && kBackwardQueries % kQueryBlock == 0);
@@ -143,6 +145,95 @@ inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_
     store_partial(delta + first, sums[0], count);
   }
 }
+
+// Rows of the user's tensor = rows of `from` * factor; one look at the element type for all of them.
+template <class T>
+inline void store_rows(const Matrix& to, int64_t rows, const float* from, int64_t pitch, Vec factor, int64_t columns) {
+  T* data = static_cast<T*>(const_cast<void*>(to.data));
+  for (int64_t r = 0; r < rows; ++r)
+    if (!to.is_zero(r)) store_row(data + to.offset(r), to.column_stride, from + r * pitch, factor, columns);
+}
+
+inline void store_rows(const Matrix& to, int64_t rows, const float* from, int64_t pitch, Vec factor, int64_t columns) {
+  switch (to.dtype) {
+    case DType::kBFloat16:
+      return store_rows<bfloat16>(to, rows, from, pitch, factor, columns);
+    case DType::kFloat16:
+      return store_rows<float16>(to, rows, from, pitch, factor, columns);
+    default:
+      return store_rows<float>(to, rows, from, pitch, factor, columns);
+  }
+}
+
+template <class T>
+inline void rows_to_float(float* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
+  const T* data = static_cast<const T*>(from.data);
+  for (int64_t r = 0; r < rows; ++r, to += pitch) {
+    const T* row = data + from.offset(r);
+    if (from.column_stride != 1) {
+      row_to_float(to, row, from.column_stride, columns, pitch);
+      continue;
+    }
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+      store(to + c, load_float(row + c));
+      store(to + c + kLanes, load_float(row + c + kLanes));
+    }
+    for (; c < columns; c += kLanes) store(to + c, load_float_partial(row + c, columns - c));
+  }
+}
+
+// to[row * pitch + column]; no row of zeros among them; pitch is columns rounded up to kLanes.
+inline void rows_to_float(float* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
+  switch (from.dtype) {
+    case DType::kBFloat16:
+      return rows_to_float<bfloat16>(to, pitch, from, rows, columns);
+    case DType::kFloat16:
+      return rows_to_float<float16>(to, pitch, from, rows, columns);
+    default:
+      return rows_to_float<float>(to, pitch, from, rows, columns);
+  }
+}
+
+// Fetches rows that a later step reads or writes into L2, a few at a time between the products: small problems have as
+// much to move as to compute.
+class RowFetch {
+ public:
+  void clear(int64_t row_bytes, int64_t steps) {
+    tensors_ = 0;
+    row_ = rows_ = 0;
+    row_bytes_ = row_bytes;
+    steps_ = steps;
+  }
+  void add(const Tensor& tensor, int64_t batch, int64_t head, const int64_t* tokens, int64_t rows) {
+    if (tensor.stride[3] != 1) return;
+    const Matrix matrix = matrix_at(tensor, batch, head);
+    sets_[tensors_++] = {
+        static_cast<const char*>(matrix.data), matrix.row_stride * element_size(matrix.dtype), tokens, rows};
+    rows_ = larger(rows_, rows);
+  }
+  void step() {
+    const int64_t end = smaller(row_ + (rows_ + steps_ - 1) / steps_, rows_);
+    for (int t = 0; t < tensors_; ++t)
+      for (int64_t r = row_; r < smaller(end, sets_[t].rows); ++r) {
+        const char* row = sets_[t].data + larger(sets_[t].tokens[r], 0) * sets_[t].stride;
+        for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        __builtin_prefetch(row + row_bytes_ - 1, 0, 2);
+      }
+    row_ = end;
+  }
+
+ private:
+  struct Set {
+    const char* data;
+    int64_t stride;
+    const int64_t* tokens;
+    int64_t rows;
+  };
+  Set sets_[7];
+  int tensors_ = 0;
+  int64_t row_ = 0, rows_ = 0, row_bytes_ = 0, steps_ = 1;
+};
 
 // The parameter gradient of families that have none.
 struct NoParameterGradient {

@@ -92,10 +92,8 @@ class WindowSink {
     if (arguments_.lepe) {
       const Matrix grad_output = matrix_at(arguments_.attention.grad_output, batch, head, 0, 0, rows.query_tokens);
       const Matrix values = matrix_at(arguments_.attention.value, batch, head, 0, 0, rows.query_tokens);
-      for (int64_t r = 0; r < rows.queries; ++r) {
-        row_to_float(grad_output_ + r * pitch_, grad_output, r, head_dim_, pitch_);
-        row_to_float(values_ + r * pitch_, values, r, head_dim_, pitch_);
-      }
+      rows_to_float(grad_output_, pitch_, grad_output, rows.queries, head_dim_);
+      rows_to_float(values_, pitch_, values, rows.queries, head_dim_);
       find_neighbours(window);
     }
   }

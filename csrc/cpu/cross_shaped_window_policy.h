@@ -115,19 +115,42 @@ class WindowPolicy {
     return tile;
   }
 
-  // output = output * factor + LePE of the row, from V as pack_natural left it, a row of zeros after the last key.
   bool adds() const { return windows_.lepe_weight != nullptr; }
 
+  // V as rows of floats with a row of zeros after the last key.
   template <class Arithmetic>
-  EFFATTN_INLINE void add(
-      int64_t row, float* output, Vec factor, const typename Arithmetic::Word* values, int64_t value_pitch) const {
-    const int32_t* neighbour = neighbours_ + 9 * rows_.query_place()[row];
-    const int64_t pitch = round_up(head_dim_, kLanes);
-    for (int64_t c = 0; c < head_dim_; c += kLanes) {
-      Vec sum = load(lepe_ + 9 * pitch + c);
-      EFFATTN_UNROLL for (int t = 0; t < 9; ++t) sum =
-          fma(load(lepe_ + t * pitch + c), Arithmetic::load_row(values + c, value_pitch, neighbour[t]), sum);
-      store(output + c, fma(load(output + c), factor, sum));
+  void prepare_add(typename Arithmetic::Word* values, int64_t pitch) {
+    if (!adds()) return;
+    if constexpr (Arithmetic::kPerWord == 1) {
+      memset(values + set_.keys * pitch, 0, pitch * sizeof(float));
+      values_ = values;
+    } else {
+      static thread_local Buffer buffer;
+      float* to = buffer.reserve<float>((round_up(rows_.largest().keys, 2) + 1) * pitch);
+      for (int64_t r = 0; r < set_.keys; r += 2)
+        for (int64_t c = 0; c < pitch; c += kLanes)
+          Arithmetic::unpack(values + r / 2 * pitch + c, to + r * pitch + c, to + (r + 1) * pitch + c);
+      memset(to + set_.keys * pitch, 0, pitch * sizeof(float));
+      values_ = to;
+    }
+  }
+
+  // LePE: with the 9 taps in registers, one vector of channels after the other.
+  __attribute__((noinline)) void add(
+      int64_t row, int64_t rows, float* output, int64_t pitch, const float* factor) const {
+    const int32_t* place = rows_.query_place() + row;
+    for (int64_t c = 0; c < pitch; c += kLanes) {
+      Vec weight[9];
+      EFFATTN_UNROLL for (int t = 0; t < 9; ++t) weight[t] = load(lepe_ + t * pitch + c);
+      const Vec bias = load(lepe_ + 9 * pitch + c);
+      const float* values = values_ + c;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int32_t* neighbour = neighbours_ + 9 * place[r];
+        float* to = output + r * pitch + c;
+        Vec sum[3] = {bias, Vec{}, Vec{}};
+        EFFATTN_UNROLL for (int t = 0; t < 9; ++t) sum[t / 3] = fma(load(values + neighbour[t]), weight[t], sum[t / 3]);
+        store(to, fma(load(to), broadcast(factor[r]), sum[0] + sum[1] + sum[2]));
+      }
     }
   }
 
@@ -181,11 +204,12 @@ class WindowPolicy {
     if (windows_.lepe_bias) memcpy(lepe_ + 9 * pitch, windows_.lepe_bias + head * head_dim_, head_dim_ * sizeof(float));
   }
 
-  // Keys of the 3 x 3 neighbours of every place; the row of zeros where there is none.
+  // Where V of the 3 x 3 neighbours of every place begins; the row of zeros where there is none.
   void find_neighbours(int side, bool all_keys) {
     if (all_keys && neighbours_half_ == side) return;
     neighbours_half_ = all_keys ? side : -1;
     const int64_t height = rows_.tiling(side).y.size, width = rows_.tiling(side).x.size;
+    const int64_t pitch = round_up(head_dim_, kLanes);
     int32_t* to = neighbours_;
     for (int64_t y = 0; y < height; ++y)
       for (int64_t x = 0; x < width; ++x)
@@ -193,7 +217,7 @@ class WindowPolicy {
           const int64_t i = y + t / 3 - 1, j = x + t % 3 - 1;
           const bool inside = i >= 0 && i < height && j >= 0 && j < width;
           const int32_t key = inside ? rows_.key_at()[i * width + j] : -1;
-          *to++ = key < 0 ? static_cast<int32_t>(set_.keys) : key;
+          *to++ = static_cast<int32_t>((key < 0 ? set_.keys : key) * pitch);
         }
   }
 
@@ -211,6 +235,7 @@ class WindowPolicy {
   float* apart_;     // [region][key]
   float* together_;  // [key], zeros
   float* lepe_;      // 9 taps and the bias
+  const float* values_ = nullptr;
   int32_t* neighbours_ = nullptr;
 };
 

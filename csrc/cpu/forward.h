@@ -31,6 +31,21 @@ inline ForwardScratch& forward_scratch() {
   return scratch;
 }
 
+// output = or correction * output + weights * values.
+template <class Arithmetic, int kRows, int kVectors, bool kHalf, bool kFirst>
+__attribute__((noinline)) void output_tile(const typename Arithmetic::Word* weights, int64_t weight_pitch,
+    const typename Arithmetic::Word* values, int64_t pitch, int64_t steps, float* output, const float* correction) {
+  multiply_tile<Arithmetic, kVectors, 1, kRows, kHalf>(weights, weight_pitch, 1, values, pitch, steps,
+      [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
+        EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
+          EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+            float* to = output + i * pitch + v * kLanes;
+            store(to, kFirst ? accumulator[i][v] : fma(load(to), broadcast(correction[i]), accumulator[i][v]));
+          }
+        }
+      });
+}
+
 template <class Arithmetic, class Policy>
 class Forward {
   using Word = typename Arithmetic::Word;
@@ -50,7 +65,8 @@ class Forward {
         head_dim_(arguments.query.size[3]),
         depth_(words<Arithmetic>(head_dim_)),
         query_pitch_(round_up(depth_, kLanes)),
-        value_pitch_(round_up(head_dim_, kLanes)) {
+        value_pitch_(round_up(head_dim_, kLanes)),
+        score_pitch_(round_up(smaller(policy_.largest().keys, kKeyBlock), kLanes)) {
     ForwardScratch& scratch = forward_scratch();
     const int64_t most = policy_.largest().keys;
     packed_keys_ = scratch.keys.template reserve<Word>(transposed_words<Arithmetic>(most, head_dim_) + kLanes);
@@ -124,15 +140,67 @@ class Forward {
       };
       pack_transposed<Arithmetic>(packed_keys_, matrix(arguments_.key), rows_.keys, head_dim_);
       pack_natural<Arithmetic>(packed_values_, value_pitch_, matrix(arguments_.value), rows_.keys, head_dim_);
-      if constexpr (Policy::kAdds)
-        memset(packed_values_ + words<Arithmetic>(rows_.keys) * value_pitch_, 0, value_pitch_ * sizeof(Word));
+      if constexpr (Policy::kAdds) policy_.template prepare_add<Arithmetic>(packed_values_, value_pitch_);
       packed_ = true;
+    }
+    if (rows_.key_tokens && block == 0) {
+      const int64_t tiles = (rows_.keys + kScoreVectors * kLanes - 1) / (kScoreVectors * kLanes);
+      ahead_.plan(arguments_, rows_, batch + 1, head, larger(1, rows_.queries / kTileRows * (tiles + 1)));
     }
     // Causal blocks differ in cost: deal them from both ends so that every range gets its share.
     const int64_t dealt = block % 2 == 0 ? block / 2 : blocks - 1 - block / 2;
     const int64_t rows = (rows_.queries + blocks - 1) / blocks;
     query_block(batch, head, dealt * rows, smaller(rows, rows_.queries - dealt * rows));
   }
+
+  // Rows of the same window in the next batch, brought into the cache while this one is computed, a few at a time:
+  // windows are short runs of tokens far apart.
+  class Ahead {
+   public:
+    void plan(const AttentionForward& arguments, const IndexSet& rows, int64_t batch, int64_t head, int64_t steps) {
+      row_ = 0;
+      last_ = batch < arguments.query.size[0] ? larger(rows.queries, rows.keys) : 0;
+      if (last_ == 0) return;
+      rows_ = rows;
+      share_ = (last_ + steps - 1) / steps;
+      const Tensor* tensors[] = {&arguments.query, &arguments.key, &arguments.value};
+      for (int t = 0; t < 3; ++t) {
+        const Matrix matrix = matrix_at(*tensors[t], batch, head);
+        const int64_t size = element_size(matrix.dtype);
+        data_[t] = static_cast<const char*>(matrix.data);
+        pitch_[t] = matrix.row_stride * size;
+        bytes_[t] = matrix.column_stride == 1 ? tensors[t]->size[3] * size : 1;
+      }
+    }
+
+    EFFATTN_INLINE void step() {
+      if (row_ < last_) fetch();
+    }
+
+   private:
+    __attribute__((noinline)) void fetch() {
+      const int64_t end = smaller(row_ + share_, last_);
+      for (; row_ < end; ++row_) {
+        if (row_ < rows_.queries) touch(0, rows_.query_tokens[row_]);
+        if (row_ < rows_.keys && rows_.key_tokens[row_] >= 0) {
+          touch(1, rows_.key_tokens[row_]);
+          touch(2, rows_.key_tokens[row_]);
+        }
+      }
+    }
+
+    EFFATTN_INLINE void touch(int tensor, int64_t token) const {
+      const char* row = data_[tensor] + token * pitch_[tensor];
+      __builtin_prefetch(row);
+      for (int64_t byte = 64; byte < bytes_[tensor]; byte += 64) __builtin_prefetch(row + byte);
+      if (bytes_[tensor] % 64) __builtin_prefetch(row + bytes_[tensor] - 1);
+    }
+
+    IndexSet rows_;
+    int64_t row_ = 0, last_ = 0, share_ = 0;
+    const char* data_[3];
+    int64_t pitch_[3], bytes_[3];
+  };
 
   // Groups of kTileRows rows and of one row less, so that nearly no row is computed in vain.
   struct Groups {
@@ -155,10 +223,6 @@ class Forward {
     pack_rows<Arithmetic>(packed_queries_, query_pitch_,
         matrix_at(arguments_.query, batch, head, row, policy_.rotation(), rows_.query_tokens), rows, padded_rows,
         head_dim_);
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      running_max_[r] = -INFINITY;
-      running_sum_[r] = 0.f;
-    }
     const int64_t last_key = policy_.key_limit(row + rows - 1);
     for (int64_t key = 0; key < last_key; key += kKeyBlock) {
       const int64_t count = smaller(kKeyBlock, last_key - key);
@@ -166,27 +230,35 @@ class Forward {
       score_block(row, groups, key, count);
       groups.each([&](auto group_rows, int64_t r) __attribute__((always_inline)) {
         constexpr int kRows = group_rows.value;
+        ahead_.step();
         alignas(64) float correction[kRows];
-        EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) correction[i] = weigh_row(r + i, i, count);
-        const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * kKeyBlock);
+        weigh_rows(r, kRows, count, key == 0, correction);
+        const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * score_pitch_);
+        const int64_t weight_pitch = kPairs ? kWeightPitch : score_pitch_;
         const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
         const int64_t steps = words<Arithmetic>(count);
-        for_each_column_tile(value_pitch_ / kLanes, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+        for_each_half_tile(head_dim_, [&](auto vectors, auto half, int64_t column) __attribute__((always_inline)) {
+          constexpr bool kHalf = half.value;
           float* output = output_ + r * value_pitch_ + column;
           const float* factor = correction;
           for (int64_t first = 0; first < steps; first += kSummed) {
             const Word* from = values + first * value_pitch_ + column;
+            const int64_t some = smaller(kSummed, steps - first);
             if (key == 0 && first == 0)
-              output_tile<kRows, vectors.value, true>(weights, from, smaller(kSummed, steps), output, correction);
+              output_tile<Arithmetic, kRows, vectors.value, kHalf, true>(
+                  weights, weight_pitch, from, value_pitch_, some, output, factor);
             else
-              output_tile<kRows, vectors.value, false>(
-                  weights + first, from, smaller(kSummed, steps - first), output, factor);
+              output_tile<Arithmetic, kRows, vectors.value, kHalf, false>(
+                  weights + first, weight_pitch, from, value_pitch_, some, output, factor);
             factor = kNoCorrection;
           }
         });
       });
     }
-    if (last_key == 0) memset(output_, 0, rows * value_pitch_ * sizeof(float));
+    if (last_key == 0) {
+      memset(output_, 0, rows * value_pitch_ * sizeof(float));
+      for (int64_t r = 0; r < rows; ++r) running_max_[r] = -INFINITY, running_sum_[r] = 0.f;
+    }
     finish(batch, head, row, rows);
   }
 
@@ -201,35 +273,38 @@ class Forward {
       groups.each([&](auto group_rows, int64_t r) __attribute__((always_inline)) {
         const int64_t plain_keys = policy_.plain_keys(row + r) - key - column;
         for (int64_t v = 0; v < vectors; v += kScoreVectors) {
-          const int64_t some = smaller(kScoreVectors, vectors - v);
+          ahead_.step();
+          const int64_t some = smaller(kScoreVectors, vectors - v), end = v + some;
+          const bool half = end == vectors && half_tail(smaller(kTileColumns, count - column));
           score_vectors<group_rows.value, kScoreVectors>(
-              some, (v + some) * kLanes <= plain_keys, row, r, key, column + v * kLanes, panel + v * kLanes, width);
+              some, half, end * kLanes <= plain_keys, row, r, key, column + v * kLanes, panel + v * kLanes, width);
         }
       });
     }
   }
 
+  // A half tail ends inside a vector, so it is never plain.
   template <int kRows, int kVectors>
-  EFFATTN_INLINE void score_vectors(int64_t vectors, bool plain, int64_t row, int64_t r, int64_t key, int64_t column,
-      const Word* panel, int64_t width) {
+  EFFATTN_INLINE void score_vectors(int64_t vectors, bool half, bool plain, int64_t row, int64_t r, int64_t key,
+      int64_t column, const Word* panel, int64_t width) {
     if (vectors == kVectors) {
-      if (plain)
-        score_tile<kRows, kVectors, true>(row, r, key, column, panel, width);
-      else
-        score_tile<kRows, kVectors, false>(row, r, key, column, panel, width);
+      if (plain) return score_tile<kRows, kVectors, false, true>(row, r, key, column, panel, width);
+      if constexpr (kLanes == 16)
+        if (half) return score_tile<kRows, kVectors, true, false>(row, r, key, column, panel, width);
+      score_tile<kRows, kVectors, false, false>(row, r, key, column, panel, width);
     } else if constexpr (kVectors > 1) {
-      score_vectors<kRows, kVectors - 1>(vectors, plain, row, r, key, column, panel, width);
+      score_vectors<kRows, kVectors - 1>(vectors, half, plain, row, r, key, column, panel, width);
     }
   }
 
-  template <int kRows, int kVectors, bool kPlain>
+  template <int kRows, int kVectors, bool kHalf, bool kPlain>
   __attribute__((noinline)) void score_tile(
       int64_t row, int64_t r, int64_t key, int64_t column, const Word* panel, int64_t width) {
-    float* scores = scores_ + r * kKeyBlock + column;
+    float* scores = scores_ + r * score_pitch_ + column;
     float* row_max = row_max_ + r * kLanes;
     const auto tile = policy_.template tile<kPlain>(row + r, key + column);
-    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>, kRows>(packed_queries_ + r * query_pitch_, query_pitch_, 1,
-        panel, width, depth_, [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
+    multiply_tile<Arithmetic, kVectors, kChains<Arithmetic>, kRows, kHalf>(packed_queries_ + r * query_pitch_,
+        query_pitch_, 1, panel, width, depth_, [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
             Vec best = load(row_max + i * kLanes);
             EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -239,7 +314,7 @@ class Forward {
                 logit = select(first_lanes(visible), logit, broadcast(-INFINITY));
               }
               best = max(best, logit);
-              store(scores + i * kKeyBlock + v * kLanes, logit);
+              store(scores + i * score_pitch_ + v * kLanes, logit);
             }
             store(row_max + i * kLanes, best);
           }
@@ -248,15 +323,21 @@ class Forward {
 
   // Scores of one row -> weights exp2(score - running max); returns what the row's earlier output has to be multiplied
   // with.
-  EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count) {
+  __attribute__((noinline)) void weigh_rows(int64_t r, int rows, int64_t count, bool first, float* correction) {
+#pragma GCC unroll 1
+    for (int i = 0; i < rows; ++i) correction[i] = weigh_row(r + i, i, count, first);
+  }
+
+  EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count, bool first) {
     const float block_max = reduce_max(load(row_max_ + r * kLanes));
-    const float old_max = running_max_[r];
+    const float old_max = first ? -INFINITY : running_max_[r];
     const float new_max = block_max > old_max ? block_max : old_max;
     const float finite_max =
         new_max == -INFINITY ? 0.f
                              : new_max;  // a row with nothing to attend to yet: all weights 0, no NaN from -inf - -inf
     const Vec shift = broadcast(finite_max);
-    float* scores = scores_ + r * kKeyBlock;
+    const float correction = old_max == -INFINITY ? 0.f : exp2<5>(broadcast(old_max - finite_max))[0];
+    float* scores = scores_ + r * score_pitch_;
     Vec sum[2] = {};
     const int64_t padded = round_up(count, kLanes);
     int64_t c = 0;
@@ -292,31 +373,16 @@ class Forward {
         store(scores + c, low);
       }
     }
-    const float correction = old_max == -INFINITY ? 0.f : exp2<5>(broadcast(old_max - finite_max))[0];
     running_max_[r] = new_max;
-    running_sum_[r] = running_sum_[r] * correction + reduce_add(sum[0] + sum[1]);
+    running_sum_[r] = reduce_add(sum[0] + sum[1]) + (first ? 0.f : running_sum_[r] * correction);
     return correction;
-  }
-
-  template <int kRows, int kVectors, bool kFirst>
-  __attribute__((noinline)) void output_tile(
-      const Word* weights, const Word* values, int64_t steps, float* output, const float* correction) {
-    const int64_t pitch = value_pitch_;
-    multiply_tile<Arithmetic, kVectors, 1, kRows>(weights, kWeightPitch, 1, values, pitch, steps,
-        [&](Vec(&accumulator)[kRows][kVectors]) __attribute__((always_inline)) {
-          EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
-            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
-              float* to = output + i * pitch + v * kLanes;
-              store(to, kFirst ? accumulator[i][v] : fma(load(to), broadcast(correction[i]), accumulator[i][v]));
-            }
-          }
-        });
   }
 
   void finish(int64_t batch, int64_t head, int64_t row, int64_t rows) {
     const int64_t rotation = policy_.rotation();
     const Matrix to = matrix_at(arguments_.output, batch, head, row, rotation, rows_.query_tokens);
     float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens_;
+    float inverse[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = running_sum_[r];
       const int64_t rotated = row + r + rotation;
@@ -324,26 +390,26 @@ class Forward {
                             : rotated < tokens_ ? rotated
                                                 : rotated - tokens_;
       logsumexp[token] = sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
-      float* from = output_ + r * value_pitch_;
-      if (sum == 0.f) memset(from, 0, value_pitch_ * sizeof(float));
-      Vec inverse = broadcast(sum == 0.f ? 0.f : 1.f / sum);
-      if constexpr (Policy::kAdds) {
-        if (policy_.adds()) {
-          policy_.template add<Arithmetic>(row + r, from, inverse, packed_values_, value_pitch_);
-          inverse = broadcast(1.f);
-        }
-      }
-      store_row(to, r, from, inverse, head_dim_);
+      inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
+      if (sum == 0.f) memset(output_ + r * value_pitch_, 0, value_pitch_ * sizeof(float));
     }
+    if constexpr (Policy::kAdds) {
+      if (policy_.adds()) {
+        policy_.add(row, rows, output_, value_pitch_, inverse);
+        for (int64_t r = 0; r < rows; ++r) inverse[r] = 1.f;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) store_row(to, r, output_ + r * value_pitch_, broadcast(inverse[r]), head_dim_);
   }
 
   const AttentionForward& arguments_;
   Policy policy_;
   const typename Policy::Arguments& parameters_;
-  const int64_t tokens_, head_dim_, depth_, query_pitch_, value_pitch_;
+  const int64_t tokens_, head_dim_, depth_, query_pitch_, value_pitch_, score_pitch_;
   IndexSet rows_;
   int64_t window_ = -1, batch_ = -1, key_head_ = -1, head_ = -1;
   bool packed_ = false;
+  Ahead ahead_;
   Word* packed_keys_;
   Word* packed_values_;
   Word* packed_queries_;

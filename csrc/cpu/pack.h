@@ -63,6 +63,8 @@ EFFATTN_INLINE Matrix matrix_at(
   return matrix;
 }
 
+inline constexpr int64_t kMaxHeadDim = 256;
+
 template <class Arithmetic>
 EFFATTN_INLINE constexpr int64_t words(int64_t count) {
   return (count + Arithmetic::kPerWord - 1) / Arithmetic::kPerWord;
@@ -134,11 +136,48 @@ EFFATTN_INLINE void row_to_words(
   }
 }
 
+// Rows that are copied as they are: elements of the words, side by side.
+template <class Arithmetic>
+class PlainRows {
+  using Element = typename Arithmetic::Element;
+  alignas(64) static constexpr Element kZeros[kMaxHeadDim] = {};
+
+ public:
+  explicit PlainRows(const Matrix& from) : from_(from), data_(static_cast<const Element*>(from.data)) {}
+  static bool serves(const Matrix& from) { return from.dtype == Arithmetic::kType && from.column_stride == 1; }
+  EFFATTN_INLINE const Element* at(int64_t row) const {
+    return from_.is_zero(row) ? kZeros : data_ + from_.offset(row);
+  }
+  static const Element* zeros() { return kZeros; }
+  // Words word ... of a row of `columns` elements, 0 past its end.
+  static EFFATTN_INLINE WordVec load(const Element* row, int64_t word, int64_t columns) {
+    const int64_t first = word * Arithmetic::kPerWord, left = columns - first;
+    return left >= kLanes * Arithmetic::kPerWord ? Arithmetic::load_elements(row + first)
+                                                 : Arithmetic::load_elements(row + first, left);
+  }
+
+ private:
+  const Matrix from_;
+  const Element* data_;
+};
+
+EFFATTN_INLINE void store_words(void* to, WordVec words) { memcpy(to, &words, sizeof(words)); }
+
 // to[row * pitch + word]; pitch a multiple of kLanes, at least words<Arithmetic>(columns).
 template <class Arithmetic>
 inline void pack_rows(typename Arithmetic::Word* to, int64_t pitch, const Matrix& from, int64_t rows,
     int64_t padded_rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) row_to_words<Arithmetic>(to + r * pitch, from, r, columns, pitch);
+  if (PlainRows<Arithmetic>::serves(from)) {
+    const PlainRows<Arithmetic> plain(from);
+    const int64_t used = round_up(words<Arithmetic>(columns), kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* row = plain.at(r);
+      for (int64_t w = 0; w < used; w += kLanes) store_words(to + r * pitch + w, plain.load(row, w, columns));
+      for (int64_t w = used; w < pitch; w += kLanes) store_words(to + r * pitch + w, WordVec{});
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) row_to_words<Arithmetic>(to + r * pitch, from, r, columns, pitch);
+  }
   if (padded_rows > rows) memset(to + rows * pitch, 0, (padded_rows - rows) * pitch * sizeof(*to));
 }
 
@@ -160,7 +199,17 @@ EFFATTN_INLINE void transpose(WordVec (&lines)[kLanes]) {
   }
 }
 
-inline constexpr int64_t kMaxHeadDim = 256;
+// The transpose of the lines, as many as there are, `pitch` words apart.
+EFFATTN_INLINE void store_transposed(void* to, int64_t pitch, WordVec (&lines)[kLanes], int64_t count) {
+  transpose(lines);
+  char* line = static_cast<char*>(to);
+  if (count >= kLanes) {
+    EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) store_words(line + k * pitch * sizeof(float), lines[k]);
+  } else {
+    EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) if (k < count)
+        store_words(line + k * pitch * sizeof(float), lines[k]);
+  }
+}
 
 template <class Arithmetic>
 inline int64_t transposed_words(int64_t rows, int64_t columns) {
@@ -174,28 +223,43 @@ inline void pack_transposed(typename Arithmetic::Word* to, const Matrix& from, i
   alignas(64) Word staged[kLanes * kMaxHeadDim];
   const int64_t depth = words<Arithmetic>(columns);
   const int64_t pitch = round_up(depth, kLanes);
+  const bool plain = PlainRows<Arithmetic>::serves(from);
+  const PlainRows<Arithmetic> source(from);
   for (int64_t panel = 0; panel < rows; panel += kTileColumns) {
     const int64_t width = round_up(smaller(rows - panel, kTileColumns), kLanes);
     for (int64_t first = 0; first < width; first += kLanes) {
       const int64_t live = smaller(rows - panel - first, kLanes);
+      if (plain) {
+        const typename Arithmetic::Element* line[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r) line[r] = r < live ? source.at(panel + first + r) : source.zeros();
+        for (int64_t d = 0; d < depth; d += kLanes) {
+          WordVec lines[kLanes];
+          EFFATTN_UNROLL for (int r = 0; r < kLanes; ++r) lines[r] = source.load(line[r], d, columns);
+          store_transposed(to + d * width + first, width, lines, depth - d);
+        }
+        continue;
+      }
       for (int64_t r = 0; r < live; ++r)
         row_to_words<Arithmetic>(staged + r * pitch, from, panel + first + r, columns, pitch);
       if (live < kLanes) memset(staged + larger(live, 0) * pitch, 0, (kLanes - larger(live, 0)) * pitch * sizeof(Word));
       for (int64_t d = 0; d < depth; d += kLanes) {
         WordVec lines[kLanes];
         EFFATTN_UNROLL for (int r = 0; r < kLanes; ++r) lines[r] = load_as<WordVec>(staged + r * pitch + d);
-        transpose(lines);
-        Word* column = to + d * width + first;
-        if (d + kLanes <= depth) {
-          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) memcpy(column + k * width, &lines[k], sizeof(WordVec));
-        } else {
-          EFFATTN_UNROLL for (int k = 0; k < kLanes; ++k) if (d + k < depth)
-              memcpy(column + k * width, &lines[k], sizeof(WordVec));
-        }
+        store_transposed(to + d * width + first, width, lines, depth - d);
       }
     }
     to += width * depth;
   }
+}
+
+EFFATTN_INLINE WordVec pair_rows(const uint16_t* even, const uint16_t* odd, int64_t columns) {
+  const auto load = [columns](const uint16_t* from) __attribute__((always_inline)) {
+#if defined(__AVX512BW__)
+    if (columns < kLanes) return (WordVec)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(columns), from));
+#endif
+    return __builtin_convertvector(load_as<HalfVec>(from), WordVec);
+  };
+  return load(even) | (load(odd) << 16);
 }
 
 // to[word * pitch + column] for ceil(rows / kPerWord) words; pitch a multiple of kLanes, at least columns.
@@ -205,28 +269,27 @@ inline void pack_natural(
   if constexpr (Arithmetic::kPerWord == 1) {
     pack_rows<Arithmetic>(to, pitch, from, rows, rows, columns);
   } else {
+    if (PlainRows<Arithmetic>::serves(from)) {
+      const PlainRows<Arithmetic> plain(from);
+      const int64_t used = round_up(columns, kLanes);
+      for (int64_t r = 0; r < rows; r += 2, to += pitch) {
+        const auto* even = plain.at(r);
+        const auto* odd = r + 1 < rows ? plain.at(r + 1) : plain.zeros();
+        for (int64_t c = 0; c < used; c += kLanes) store_words(to + c, pair_rows(even + c, odd + c, columns - c));
+        for (int64_t c = used; c < pitch; c += kLanes) store_words(to + c, WordVec{});
+      }
+      return;
+    }
     uint16_t even[kMaxHeadDim], odd[kMaxHeadDim];
     for (int64_t r = 0; r < rows; r += 2) {
-      const uint16_t* first = even;
-      const uint16_t* second = odd;
-      if (from.column_stride == 1 && columns % kLanes == 0 && r + 1 < rows && !from.is_zero(r) &&
-          !from.is_zero(r + 1)) {
-        first = static_cast<const uint16_t*>(from.data) + from.offset(r);
-        second = static_cast<const uint16_t*>(from.data) + from.offset(r + 1);
-      } else {
-        row_to_bfloat16(even, from, r, columns, round_up(columns, kLanes));
-        if (r + 1 < rows)
-          row_to_bfloat16(odd, from, r + 1, columns, round_up(columns, kLanes));
-        else
-          memset(odd, 0, sizeof(odd));
-      }
+      row_to_bfloat16(even, from, r, columns, round_up(columns, kLanes));
+      if (r + 1 < rows)
+        row_to_bfloat16(odd, from, r + 1, columns, round_up(columns, kLanes));
+      else
+        memset(odd, 0, sizeof(odd));
       uint32_t* line = to + r / 2 * pitch;
-      for (int64_t c = 0; c < round_up(columns, kLanes); c += kLanes) {
-        const WordVec low = __builtin_convertvector(load_as<HalfVec>(first + c), WordVec);
-        const WordVec high = __builtin_convertvector(load_as<HalfVec>(second + c), WordVec);
-        const WordVec pair = low | (high << 16);
-        memcpy(line + c, &pair, sizeof(pair));
-      }
+      for (int64_t c = 0; c < round_up(columns, kLanes); c += kLanes)
+        store_words(line + c, pair_rows(even + c, odd + c, kLanes));
       for (int64_t c = round_up(columns, kLanes); c < pitch; c += kLanes) memset(line + c, 0, sizeof(WordVec));
     }
   }

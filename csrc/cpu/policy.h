@@ -44,8 +44,11 @@
 //       // Row + r, keys key + v * kLanes ...; r and v are compile-time constants in effect.
 //
 //     static constexpr bool kAdds;  // what it adds to the output, where adds():
-//     void add<Arithmetic>(int64_t row, float* output, Vec factor, const Word* values, int64_t value_pitch) const;
-//       // output = output * factor + ...; values: all of the problem by pack_natural, and one row of zeros.
+//     void prepare_add<Arithmetic>(Word* values, int64_t pitch);
+//       // Before the first add of a problem: its values by pack_natural; one row more may be written behind them.
+//
+//     void add(int64_t row, int64_t rows, float* output, int64_t pitch, const float* factor) const;
+//       // Output of finished rows = output * factor + ...
 //   };
 #pragma once
 

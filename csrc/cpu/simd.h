@@ -273,6 +273,11 @@ template <class T>
 EFFATTN_INLINE Vec load_float_partial(const T* from, int64_t count) {
   if constexpr (sizeof(T) == 4) {
     return load_partial(from, count);
+#if defined(__AVX512BW__)
+  } else if constexpr (sizeof(T) == 2) {
+    const __m256i part = _mm256_maskz_loadu_epi16(first_lanes(count), from);
+    return load_float(reinterpret_cast<const T*>(&part));
+#endif
   } else {
     T part[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane)
@@ -287,6 +292,10 @@ EFFATTN_INLINE void store_float_partial(T* to, Vec value, int64_t count) {
   } else {
     T part[kLanes];
     store_float(part, value);
+#if defined(__AVX512BW__)
+    _mm256_mask_storeu_epi16(to, first_lanes(count), load_as<__m256i>(part));
+    return;
+#endif
     for (int lane = 0; lane < kLanes; ++lane)
       if (lane < count) to[lane] = part[lane];
   }

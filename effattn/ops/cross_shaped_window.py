@@ -135,6 +135,8 @@ def stripe_attention(
 ) -> Tensor:
     r"""Attention inside stripes of the grid, all heads in one orientation: one branch of CSWin attention.
 
+    .. math:: O = \mathrm{softmax}(s\, Q K^\top) V + \mathrm{LePE}(V) \quad \text{inside each stripe}
+
     Args:
         query, key, value: (B, H, h*w, D), as :func:`cross_shaped_window_attention`; any H.
         grid: (h, w), rows and columns of the token grid.
@@ -382,7 +384,7 @@ def _taps(query: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Te
     if weight is None:
         return None, None
     heads, head_dim = query.shape[1], query.shape[3]
-    taps = weight.view(-1, head_dim, 9).transpose(1, 2).float()
+    taps = weight.reshape(-1, head_dim, 9).transpose(1, 2).float()
     if bias is not None:
-        bias = bias.view(-1, head_dim).float().expand(heads, head_dim).contiguous()
+        bias = bias.reshape(-1, head_dim).float().expand(heads, head_dim).contiguous()
     return taps.expand(heads, 9, head_dim).contiguous(), bias

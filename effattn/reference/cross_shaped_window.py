@@ -218,8 +218,8 @@ def _shifted_apart(padded, window, shift) -> Tensor:
 
 
 def _lepe(value: Tensor, window, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if value.numel() == 0:
-        return torch.zeros_like(value)
+    if value.numel() == 0:  # conv2d takes no empty image; the parameters still get their gradient, zero
+        return value + weight.sum().to(value.dtype) + (0 if bias is None else bias.sum().to(value.dtype))
     batch, heads, rows, columns, _, head_dim = value.shape
     repeat = heads * head_dim // weight.shape[0]  # (D, 1, 3, 3) serves all heads
     image = value.permute(0, 2, 3, 1, 5, 4).reshape(-1, heads * head_dim, *window)
