@@ -280,6 +280,7 @@ PROBLEMS = (
     _stripes(2, 4, (14, 14), 32, 7),
     _stripes(2, 4, (24, 24), 24, 12),
     _stripes(1, 2, (30, 41), 32, 7, padding="zero_key"),
+    _stripes(1, 1, (3, 4), 8, 2, small=True, orientation="vertical", padding="mask"),
     _stripes(1, 3, (30, 41), 46, 7, orientation="horizontal", padding="mask"),
     _windows(1, 2, (4, 6), 8, 2, shift=1, small=True),
     _windows(2, 3, (28, 28), 32, 7, shift=3),

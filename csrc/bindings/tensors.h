@@ -152,11 +152,17 @@ inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
     int next = -1;
     for (int d = 3; d >= 0 && next < 0; --d)
       if (!used[d] && (view.size[d] == 1 || view.stride[d] == expected)) next = d;
-    if (next < 0 || view.size[next] == 0) return torch::stable::empty_like(tensor);
+    if (next < 0 || view.size[next] == 0) {
+      TorchTensor like = torch::stable::empty_like(tensor);
+      ask_for_huge_pages(like, like.numel());
+      return like;
+    }
     used[next] = true;
     expected *= view.size[next];
   }
-  return empty_strided(view.size, view.stride, 4, tensor.scalar_type());
+  TorchTensor like = empty_strided(view.size, view.stride, 4, tensor.scalar_type());
+  ask_for_huge_pages(like, expected);
+  return like;
 }
 
 inline Runtime runtime() {

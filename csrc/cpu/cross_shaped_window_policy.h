@@ -20,7 +20,7 @@ namespace effattn::EFFATTN_ISA {
 
 template <bool kBias>
 class WindowPolicy {
-  static constexpr int64_t kLargestTable = 1 << 18;  // floats of an expanded bias
+  static constexpr int64_t kLargestTable = 1 << 16;  // floats of an expanded bias
   static constexpr int64_t kRegions = 9;
   static constexpr float kApart = -100.f * kLog2E;
 
@@ -85,7 +85,9 @@ class WindowPolicy {
   void stage(int64_t row, int64_t rows, int64_t key, int64_t keys) {
     if (!kBias || !staged_) return;
     first_row_ = row;
-    for (int64_t r = row; r < row + rows; ++r) gather(bias_ + (r - row) * pitch_, head_, r, key, keys);
+    const float* table = windows_.bias + head_ * rows_.tiling(0).bias_entries();
+    for (int64_t r = row; r < row + rows; ++r)
+      expand_row(bias_ + (r - row) * pitch_, table + rows_.query_bias()[r], key, keys);
     last_row_ = row + rows - 1;
   }
 
@@ -161,29 +163,35 @@ class WindowPolicy {
     expanded_head_ = head;
     expanded_window_ = window;
     expanded_half_ = side;
+    const WindowTiling& tiling = rows_.tiling(side);
+    const float* table = windows_.bias + head * tiling.bias_entries();
     if (window >= 0) {
-      for (int64_t r = 0; r < set_.queries; ++r) gather(bias_ + rows_.query_place()[r] * pitch_, head, r, 0, set_.keys);
+      for (int64_t r = 0; r < set_.queries; ++r)
+        expand_row(bias_ + rows_.query_place()[r] * pitch_, table + rows_.query_bias()[r], 0, set_.keys);
       return;
     }
-    const WindowTiling& tiling = rows_.tiling(side);
-    const int64_t columns = tiling.bias_columns(), run = tiling.x.enlarged();
-    const float* table = windows_.bias + head * tiling.bias_entries();
     for (int64_t y = 0; y < tiling.y.size; ++y)
-      for (int64_t x = 0; x < tiling.x.size; ++x) {
-        float* to = bias_ + (y * tiling.x.size + x) * pitch_;
-        const float* from = table + (tiling.y.size - 1 - y) * columns + tiling.x.size - 1 - x;
-        for (int64_t i = 0; i < tiling.y.enlarged(); ++i, to += run, from += columns)
-          for (int64_t j = 0; j < run; ++j) to[j] = from[j] * kLog2E;
-        for (int64_t j = tiling.keys(); j < pitch_; ++j) *to++ = 0.f;
-      }
+      for (int64_t x = 0; x < tiling.x.size; ++x)
+        expand_row(bias_ + (y * tiling.x.size + x) * pitch_,
+            table + (tiling.y.size - 1 - y) * tiling.bias_columns() + tiling.x.size - 1 - x, 0, set_.keys);
   }
 
-  void gather(float* to, int64_t head, int64_t row, int64_t key, int64_t keys) const {
-    const float* table =
-        windows_.bias + head * rows_.tiling(half(head, heads_)).bias_entries() + rows_.query_bias()[row];
-    const int32_t* at = rows_.key_bias() + key;
-    for (int64_t j = 0; j < keys; ++j) to[key + j] = table[at[j]] * kLog2E;
-    for (int64_t j = key + keys; j < smaller(round_up(key + keys, kLanes), pitch_); ++j) to[j] = 0.f;
+  // The bias of keys [key, key + keys) for the query whose entries begin at `table`.
+  void expand_row(float* to, const float* table, int64_t key, int64_t keys) const {
+    const WindowTiling& tiling = rows_.tiling(0);  // a bias goes with one window for all heads
+    const int64_t end = key + keys, run = tiling.x.enlarged();
+    if (set_.keys == tiling.keys()) {
+      const float* from = table + key / run * tiling.bias_columns() + key % run;
+      for (int64_t j = key; j < end; from = table + j / run * tiling.bias_columns()) {
+        const int64_t count = smaller(run - j % run, end - j);
+        for (int64_t i = 0; i < count; i += kLanes)
+          store_partial(to + j + i, load_partial(from + i, count - i) * broadcast(kLog2E), count - i);
+        j += count;
+      }
+    } else {
+      for (int64_t j = key; j < end; ++j) to[j] = table[rows_.key_bias()[j]] * kLog2E;
+    }
+    for (int64_t j = end; j < round_up(end, kLanes); ++j) to[j] = 0.f;
   }
 
   void separate_regions() {

@@ -6,6 +6,7 @@ A new operator gets all of it by one entry in ``cases.CASES`` and its float64 fo
 from .cases import (
     CASES,
     ELSEWHERE,
+    UNEVEN,
     Case,
     Shape,
     all_cases,
@@ -25,6 +26,7 @@ __all__ = [
     "CASES",
     "ELSEWHERE",
     "LAYOUTS",
+    "UNEVEN",
     "Case",
     "GuardedAllocations",
     "Placed",

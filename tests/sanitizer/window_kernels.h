@@ -25,7 +25,8 @@ WindowsGrad as_gradient(const WindowParameters& parameters, bool bias, bool lepe
 }
 
 WindowParameters window_parameters(const Windows& w, int64_t heads, int64_t head_dim, bool poison) {
-  const int64_t entries = heads * (2 * w.window_h[0] + 2 * w.overlap_h - 1) * (2 * w.window_w[0] + 2 * w.overlap_w - 1);
+  const int64_t rows = 2 * w.window_h[0] + 2 * w.overlap_h - 1, columns = 2 * w.window_w[0] + 2 * w.overlap_w - 1;
+  const int64_t entries = w.grid_h == 0 ? 0 : heads * rows * columns;
   return {filled(entries, poison), filled(heads * 9 * head_dim, poison), filled(heads * head_dim, poison), entries,
       heads * 9 * head_dim, heads * head_dim};
 }
@@ -105,7 +106,7 @@ void any_windows(DType dtype, Windows windows, int64_t head_dim, bool bias, bool
 
 void window_kernels(DType dtype) {
   const Layout layouts[] = {Layout::kContiguous, Layout::kHeadsInside, Layout::kStrided, Layout::kExpanded};
-  const int64_t head_dims[] = {1, 7, 16, 24, 46, 77, 122, 256};
+  const int64_t head_dims[] = {1, 24, 46, 77, 122};
   int turn = 0;
   for (const int64_t head_dim : head_dims) {
     const Layout layout = layouts[turn++ % 4];
