@@ -10,6 +10,7 @@ from conformance import (
     CASES,
     ELSEWHERE,
     LAYOUTS,
+    UNEVEN,
     GuardedAllocations,
     Placed,
     RecordedCalls,
@@ -138,6 +139,8 @@ def test_accuracy_in_corner_cases(case, backend, dtype, corner, request):
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=False, reason=reason))
     if is_slow(backend) and (shape.tokens * shape.key_tokens > 700 or shape.gaussians > 9 or dtype != torch.float32):
         pytest.skip(SLOW)
+    if case.grids == UNEVEN and any(word in corner for word in ("prefix", "Gaussian", "key")):
+        pytest.skip("windows have no prefix, Gaussians or other keys: an ordinary grid")
     check(case, backend, shape, dtype)
 
 

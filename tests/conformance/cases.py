@@ -440,7 +440,7 @@ def _windows(
         flops=flops,
         bad=bad,
         even_heads=even_heads,
-        same_kernels=op == "stripe_attention",
+        same_kernels=op != "window_attention",
         grids=UNEVEN,
     )
 
