@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .reference import mixture_mask, window_mask
+from .reference.cross_shaped_window import stripe_window
 
 
 class StructuredMask:
@@ -144,9 +145,9 @@ class CrossShapedWindow(StructuredMask):
 
     def dense(self, heads: int = 2) -> Tensor:
         """The additive mask of (heads, h*w, h*w): 0 inside a stripe, -inf outside; without LePE and zero keys."""
-        height, width = self.grid
-        stripes = ((height, self.stripe_width), (self.stripe_width, width))
-        windows = (self.grid, self.grid) if self.stripe_width >= max(self.grid) else stripes
+        windows = [
+            stripe_window(self.grid, self.stripe_width, orientation) for orientation in ("vertical", "horizontal")
+        ]
         masks = [Window(self.grid, window, lepe_weight=self.lepe_weight, padding=self.padding) for window in windows]
         return torch.cat([mask.dense().expand(heads // 2, -1, -1) for mask in masks])
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _checks, reference
 from .._library import Operator
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register, triton_kernel
+from ..reference.cross_shaped_window import stripe_window
 
 PADDING = ("error", "zero_key", "mask")
 BIAS_INDEX = ("swin", "hat_oca")
@@ -99,21 +100,20 @@ def cross_shaped_window_attention(
         torch.Size([2, 4, 24, 16])
     """
     op = "cross_shaped_window_attention"
-    height, width = _stripes(op, query, key, value, grid, stripe_width)
+    grid = _stripes(op, query, key, value, grid, stripe_width)
     heads = query.shape[1]
     if heads % 2:
         raise ValueError(f"{op}: query must have an even number of heads, got {heads}")
-    first = (height, width) if stripe_width >= max(height, width) else (height, stripe_width)
-    second = (height, width) if stripe_width >= max(height, width) else (stripe_width, width)
+    windows = tuple(stripe_window(grid, stripe_width, orientation) for orientation in ORIENTATION)
     return _attend(
-        *(op, query, key, value, (height, width), (first, second)),
+        *(op, query, key, value, grid, windows),
         lepe=(lepe_weight, lepe_bias),
         padding=padding,
         scale=scale,
         dropout_p=dropout_p,
         backend=backend,
         specification=lambda q, k, v, **options: reference.cross_shaped_window_attention(
-            q, k, v, (height, width), stripe_width, **options
+            q, k, v, grid, stripe_width, **options
         ),
     )
 
@@ -161,21 +161,18 @@ def stripe_attention(
         torch.Size([2, 3, 24, 16])
     """
     op = "stripe_attention"
-    height, width = _stripes(op, query, key, value, grid, stripe_width)
+    grid = _stripes(op, query, key, value, grid, stripe_width)
     _checks.one_of(op, "orientation", orientation, ORIENTATION)
-    if stripe_width >= max(height, width):
-        stripe = (height, width)
-    else:
-        stripe = (height, stripe_width) if orientation == "vertical" else (stripe_width, width)
+    stripe = stripe_window(grid, stripe_width, orientation)
     return _attend(
-        *(op, query, key, value, (height, width), (stripe, stripe)),
+        *(op, query, key, value, grid, (stripe, stripe)),
         lepe=(lepe_weight, lepe_bias),
         padding=padding,
         scale=scale,
         dropout_p=dropout_p,
         backend=backend,
         specification=lambda q, k, v, **options: reference.stripe_attention(
-            q, k, v, (height, width), stripe_width, orientation=orientation, **options
+            q, k, v, grid, stripe_width, orientation=orientation, **options
         ),
     )
 

@@ -67,20 +67,22 @@ def stripe_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Windows of the grid's full height ("vertical") or full width ("horizontal"); the whole grid if one covers it."""
-    height, width = grid
-    if stripe_width >= max(grid):
-        window = grid
-    else:
-        window = (height, stripe_width) if orientation == "vertical" else (stripe_width, width)
     return window_attention(
-        *(query, key, value, grid, window),
+        *(query, key, value, grid, stripe_window(grid, stripe_width, orientation)),
         lepe_weight=lepe_weight,
         lepe_bias=lepe_bias,
         padding=padding,
         scale=scale,
         dropout_p=dropout_p,
     )
+
+
+def stripe_window(grid: tuple[int, int], stripe_width: int, orientation: str) -> tuple[int, int]:
+    """The grid's full height ("vertical") or full width ("horizontal"); the whole grid where a stripe covers it."""
+    height, width = grid
+    if stripe_width >= max(height, width):
+        return height, width
+    return (height, stripe_width) if orientation == "vertical" else (stripe_width, width)
 
 
 def cross_shaped_window_attention(
