@@ -10,6 +10,7 @@ so a backend is a namespace, and whatever sees torch ops (compile, export, FakeT
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -93,10 +94,14 @@ class Operator:
             tensor for an optional one that is absent).
         parameters: those of them that have no batch dimension.
         options: schema of the remaining arguments.
-        saved: what the forward returns beside the output, name -> (shape from query's shape); float32, batch first.
+        results: the differentiable results of the forward, the output first; ``X_bwd`` takes a gradient of each, None
+            for a further one that the caller does not use.
+        passes: a tensor argument that is added to the output as it is: its gradient is the output's.
+        saved: what the forward returns beside them, name -> (shape from query's shape); float32, batch first.
         saves_output: whether ``X_bwd`` takes the output too.
         mixes_batch: (tensors and options) -> whether an example's result depends on the rest of its batch.
-        flops: (query_shape, key_shape, *options) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
+        fake: (*tensors, *options) -> the results and what is saved; default: one result like query.
+        flops: (query_shape, key_shape, value_shape, *options) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
     """
 
     def __init__(
@@ -108,9 +113,12 @@ class Operator:
         differentiable: tuple[str, ...],
         parameters: tuple[str, ...] = (),
         options: str,
+        results: tuple[str, ...] = ("output",),
+        passes: str | None = None,
         saved: dict[str, Callable] | None = None,
         saves_output: bool = True,
         mixes_batch: Callable[..., bool] = lambda *args: False,
+        fake: Callable | None = None,
         flops: Callable[..., int] | None = None,
     ):
         names = [tensor.removeprefix("?") for tensor in tensors]
@@ -118,48 +126,58 @@ class Operator:
         self.num_tensors = len(names)
         self.saves_output = saves_output
         self.differentiable = tuple(names.index(n) for n in differentiable)
-        self._saved = saved or {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
+        self.passes = None if passes is None else names.index(passes)
+        self.num_results = len(results)
+        if saved is None:
+            saved = {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
+        self._saved = saved
         self._flops = flops or _score_flops
         parameters = frozenset(names.index(n) for n in parameters)
         kept = [*(("output",) if saves_output else ()), *self._saved]
         self.num_kept = len(kept)
 
-        results = ", ".join(f"Tensor {n}" for n in ("output", *self._saved))
+        returned = ", ".join(f"Tensor {n}" for n in (*results, *self._saved))
+        first, *further = results
+        received = ", ".join((f"Tensor grad_{first}", *(f"Tensor? grad_{n}" for n in further)))
         gradients = ", ".join(f"Tensor grad_{n}" for n in differentiable)
-        again = ", ".join(f"Tensor {n}" for n in kept)
+        again = ", ".join((received, inputs, *(f"Tensor {n}" for n in kept)))
         self.forward = Op(
-            f"{name}_fwd({inputs}, {options}) -> ({results})",
-            self._fake_forward,
+            f"{name}_fwd({inputs}, {options}) -> ({returned})",
+            fake or self._fake_forward,
             family=family,
             vmap=lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch),
-            flops=lambda query, key, *args, **kwargs: self._flops(query, key, *args[self.num_tensors - 2 :]),
+            flops=lambda *args, **kwargs: self._flops(*args[:3], *args[self.num_tensors :]),
         )
         # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
-        shifted = frozenset(i + 1 for i in parameters)
+        received = self.num_results
+        shifted = frozenset(i + received for i in parameters)
         self.backward = Op(
-            f"{name}_bwd(Tensor grad_output, {inputs}, {again}, {options}) -> ({gradients})",
+            f"{name}_bwd({again}, {options}) -> ({gradients})",
             self._fake_backward,
             family=family,
             vmap=lambda op: _fold_or_loop(
                 op,
                 shifted,
-                1 + self.num_tensors + self.num_kept,
-                lambda grad_output, *args: bool(shifted) or mixes_batch(*args),
+                received + self.num_tensors + self.num_kept,
+                lambda *args: bool(shifted) or mixes_batch(*args[received:]),
             ),
-            flops=lambda grad, query, key, *args, **kwargs: (
-                self._flops(query, key, *args[self.num_tensors + self.num_kept - 2 :]) * 5 // 2
+            flops=lambda *args, **kwargs: (
+                self._flops(*args[received:][:3], *args[received + self.num_tensors + self.num_kept :]) * 5 // 2
             ),
         )
         _operators[name] = self
         self.name = name
 
-    def __call__(self, backend: str, *args) -> torch.Tensor:
-        """Run the operator on ``backend``; differentiable."""
+    def __call__(self, backend: str, *args):
+        """Run the operator on ``backend``; differentiable. Its result, or a tuple where it has several."""
+        call = self.forward
         if torch.is_grad_enabled():
-            for index in self.differentiable:
+            for index in (*self.differentiable, *(() if self.passes is None else (self.passes,))):
                 if args[index] is not None and args[index].requires_grad:
-                    return Fused.apply(self.name, backend, *args)[0]
-        return self.forward(backend, *args)[0]
+                    call = functools.partial(Fused.apply, self.name)
+                    break
+        results = call(backend, *args)
+        return results[0] if self.num_results == 1 else results[: self.num_results]
 
     def _fake_forward(self, query, *args):
         saved = (query.new_empty(shape(*query.shape), dtype=torch.float32) for shape in self._saved.values())
@@ -167,13 +185,14 @@ class Operator:
 
     def _fake_backward(self, grad_output, *args):
         absent = grad_output.new_empty
+        args = args[self.num_results - 1 :]
         return tuple(
             torch.empty_like(args[i]) if args[i] is not None else absent((0,), dtype=torch.float32)
             for i in self.differentiable
         )
 
 
-def _score_flops(query, key, *options) -> int:
+def _score_flops(query, key, value, *options) -> int:
     """Two products of scores' size; a multiply-add is two."""
     batch, heads, length, head_dim = query
     return 4 * batch * heads * length * key[2] * head_dim
@@ -194,21 +213,30 @@ class Fused(torch.autograd.Function):
         operator = _operators[name]
         count = operator.num_tensors
         ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
-        ctx.save_for_backward(*args[:count], *(outputs if operator.saves_output else outputs[1:]))
-        ctx.mark_non_differentiable(*outputs[1:])
+        saved = outputs[operator.num_results :]
+        ctx.save_for_backward(*args[:count], *(outputs[:1] if operator.saves_output else ()), *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(operator.num_results == 1)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, *gradients):
         operator = _operators[ctx.name]
-        arguments = (grad_output, *ctx.saved_tensors, *ctx.options)
+        received = operator.num_results
+        grad_output, *further = gradients[:received]
+        if grad_output is None:
+            query, _, value, *_ = ctx.saved_tensors
+            grad_output = query.new_zeros((*query.shape[:3], value.shape[3]))
+        arguments = (grad_output, *further, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
             gradients = FusedGradient.apply(operator.backward.name, ctx.backend, *arguments)
         else:
             gradients = operator.backward(ctx.backend, *arguments)
         slots = [None] * (2 + operator.num_tensors + len(ctx.options))
         for index, gradient in zip(operator.differentiable, gradients):
-            if arguments[1 + index] is not None:
+            if arguments[received + index] is not None:
                 slots[2 + index] = gradient
+        if operator.passes is not None:
+            slots[2 + operator.passes] = grad_output
         return tuple(slots)
 
 

@@ -237,7 +237,9 @@ def _blocks(config):
 
 def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
     """(output, logsumexp)"""
-    *geometry, mask_padding, scale = options
+    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
+    if num_prefix_tokens or bias_weighs:
+        raise NotImplementedError
     geometry = Geometry(*geometry)
     batch, heads, tokens, _ = query.shape
     output = torch.empty_like(query)
@@ -417,7 +419,9 @@ def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, gr
 
 def window_bwd(grad_output, query, key, value, bias, lepe_weight, lepe_bias, output, logsumexp, *options):
     """(grad_query, grad_key, grad_value, grad_bias, grad_lepe_weight, grad_lepe_bias); empty for an absent parameter"""
-    *geometry, mask_padding, scale = options
+    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
+    if num_prefix_tokens or bias_weighs:
+        raise NotImplementedError
     geometry = Geometry(*geometry)
     parameters = (bias, lepe_weight, lepe_bias)
     absent = torch.empty((0,), dtype=torch.float32, device=query.device)

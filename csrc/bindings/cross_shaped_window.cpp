@@ -44,7 +44,9 @@ void check_shapes(const Tensor& query, const Tensor& key) {
 std::tuple<TorchTensor, TorchTensor> window_fwd(TorchTensor query, TorchTensor key, TorchTensor value,
     std::optional<TorchTensor> bias, std::optional<TorchTensor> lepe_weight, std::optional<TorchTensor> lepe_bias,
     int64_t grid_h, int64_t grid_w, int64_t window_h, int64_t window_w, int64_t second_h, int64_t second_w,
-    int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w, bool mask_padding, double scale) {
+    int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w, int64_t num_prefix_tokens, bool mask_padding,
+    bool bias_weighs, double scale) {
+  STD_TORCH_CHECK(num_prefix_tokens == 0 && !bias_weighs, "not there yet");
   Forward forward = prepare_forward(query, key, value, scale);
   const Tensor& q = forward.arguments.query;
   check_shapes(q, forward.arguments.key);
@@ -63,8 +65,9 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor, Torc
     TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value, std::optional<TorchTensor> bias,
     std::optional<TorchTensor> lepe_weight, std::optional<TorchTensor> lepe_bias, TorchTensor output,
     TorchTensor logsumexp, int64_t grid_h, int64_t grid_w, int64_t window_h, int64_t window_w, int64_t second_h,
-    int64_t second_w, int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w, bool mask_padding,
-    double scale) {
+    int64_t second_w, int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w,
+    int64_t num_prefix_tokens, bool mask_padding, bool bias_weighs, double scale) {
+  STD_TORCH_CHECK(num_prefix_tokens == 0 && !bias_weighs, "not there yet");
   Backward backward = prepare_backward(grad_output, query, key, value, output, logsumexp, scale);
   const Tensor& q = backward.arguments.query;
   check_shapes(q, backward.arguments.key);

@@ -3,7 +3,9 @@
 from .attention import scaled_dot_product_attention
 from .cross_shaped_window import cross_shaped_window_attention, stripe_attention, window_attention
 from .gaussian_mixture import gaussian_mixture_attention, masked_product_attention
+from .manhattan import manhattan_attention
 from .packed_bits import add_matmul, binary_matmul, hamming_attention, pack_signs
+from .retention import retention, retention_step, retnet_log_decay, rmt_log_decay, rotate_xpos
 from .shift_add import shift_add_attention
 from .shift_linear import shift_linear
 
@@ -13,8 +15,14 @@ __all__ = [
     "cross_shaped_window_attention",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "manhattan_attention",
     "masked_product_attention",
     "pack_signs",
+    "retention",
+    "retention_step",
+    "retnet_log_decay",
+    "rmt_log_decay",
+    "rotate_xpos",
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",

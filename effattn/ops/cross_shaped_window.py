@@ -14,7 +14,7 @@ BIAS_INDEX = ("swin", "hat_oca")
 ORIENTATION = ("vertical", "horizontal")
 
 
-def _window_flops(query, key, grid_h, grid_w, window_h, window_w, second_h, second_w, *rest) -> int:
+def _window_flops(query, key, value, grid_h, grid_w, window_h, window_w, second_h, second_w, *rest) -> int:
     """Both products; every query meets all keys of its (enlarged) window."""
     batch, heads, length, head_dim = query
     overlap_h, overlap_w = rest[2:4]
@@ -32,10 +32,14 @@ window = Operator(
     differentiable=("query", "key", "value", "bias", "lepe_weight", "lepe_bias"),
     parameters=("bias", "lepe_weight", "lepe_bias"),
     options="SymInt grid_h, SymInt grid_w, SymInt window_h, SymInt window_w, SymInt second_h, SymInt second_w, "
-    "SymInt shift_h, SymInt shift_w, SymInt overlap_h, SymInt overlap_w, bool mask_padding, float scale",
+    "SymInt shift_h, SymInt shift_w, SymInt overlap_h, SymInt overlap_w, SymInt num_prefix_tokens, "
+    "bool mask_padding, bool bias_weighs, float scale",
     flops=_window_flops,
 )
 """Heads 0 .. H/2 - 1 have windows (window_h, window_w), the others (second_h, second_w).
+
+num_prefix_tokens: tokens before the grid, which all tokens see and which see all; only where one window is the grid.
+bias_weighs: the bias multiplies the weights after softmax instead (prefix tokens: 1).
 
 bias: (H, rows, columns) with rows = 2 window_h + 2 overlap_h - 1, columns alike: key minus query, both from the corner
 of their own window. lepe_weight: (H, 9, D), lepe_bias: (H, D). All contiguous float32.
@@ -327,7 +331,7 @@ def _attend(
         )
     return window(
         *(backend, query, key, value, _relative_bias(*bias, windows[0], overlap), *_taps(query, *lepe)),
-        *(*grid, *windows[0], *windows[1], *shift, *overlap, padding == "mask", scale),
+        *(*grid, *windows[0], *windows[1], *shift, *overlap, 0, padding == "mask", False, scale),
     )
 
 

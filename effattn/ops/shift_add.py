@@ -12,7 +12,7 @@ BINARIZE = ("published", "mean_threshold", "per_head", "sign")
 _WHOLE_TENSOR = 2  # the first modes take their statistics over the whole tensor
 
 
-def _linear_flops(query, key, *options) -> int:
+def _linear_flops(query, key, value, *options) -> int:
     """k^T v and q (k^T v); an addition that a bit selects counts as a multiply-add does: two."""
     batch, heads, length, head_dim = query
     return 4 * batch * heads * length * head_dim * head_dim

@@ -9,6 +9,15 @@ from .cross_shaped_window import (
     window_mask,
 )
 from .gaussian_mixture import gaussian_mixture_attention, masked_product_attention, mixture_mask
+from .retention import (
+    local_enhancement,
+    manhattan_attention,
+    manhattan_distance,
+    retention,
+    retention_step,
+    rotate_xpos,
+    row_sums,
+)
 from .shift_add import add_matmul, binary_matmul, hamming_attention, pack_signs, shift_add_attention, shift_linear
 
 __all__ = [
@@ -17,10 +26,17 @@ __all__ = [
     "cross_shaped_window_attention",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "local_enhancement",
+    "manhattan_attention",
+    "manhattan_distance",
     "masked_product_attention",
     "mixture_mask",
     "pack_signs",
     "relative_position_index",
+    "retention",
+    "retention_step",
+    "rotate_xpos",
+    "row_sums",
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",

@@ -66,6 +66,7 @@ class Case:
         takes_dropout: whether the function has a dropout_p.
         even_heads: whether the number of heads must be even; a shape's is rounded up.
         same_kernels: whether another operator of the table runs the same kernels, so that slow backends skip this one.
+        launches: of how many ops a call consists.
         grids: three grids that, after two prefix tokens, one compiled graph serves.
     """
 
@@ -85,6 +86,7 @@ class Case:
     takes_dropout: bool = field(default=True, repr=False)
     even_heads: bool = field(default=False, repr=False)
     same_kernels: bool = field(default=False, repr=False)
+    launches: int = field(default=1, repr=False)
     grids: tuple = field(default=((3, 4), (5, 6), (7, 3)), repr=False)
 
     def __str__(self) -> str:
@@ -465,7 +467,184 @@ def _stripes(variant: str, width: int, lepe: str, **options) -> Case:
     )
 
 
+def _without(cases: tuple, *messages: str) -> tuple:
+    """Bad arguments but those whose message says one of these."""
+    return tuple(case for case in cases if not any(message in case[3] for message in messages))
+
+
+_BAD_DECAYS = (
+    ("log_decay that is no tensor", _set(log_decay=-1.0), TypeError, "log_decay must be a Tensor"),
+    ("integer log_decay", _map("log_decay", torch.Tensor.int), TypeError, "log_decay must be floating point"),
+    ("log_decay of other heads", _map("log_decay", lambda t: t[1:]), ValueError, "log_decay must have shape"),
+    ("log_decay of two dimensions", _map("log_decay", lambda t: t[None]), ValueError, "log_decay must have shape"),
+    ("log_decay elsewhere", _map("log_decay", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+    ("growing memory", _map("log_decay", torch.neg), ValueError, "log_decay must be at most 0"),
+    ("log_decay that is NaN", _map("log_decay", lambda t: t * float("nan")), ValueError, "log_decay must be at most 0"),
+)
+
+_BAD_RETENTION = (
+    *_without(BAD_INPUTS, "value must have query's shape", "dropout_p"),
+    *_BAD_DECAYS,
+    ("value of another length", _map("value", lambda t: t[:, :, 1:]), ValueError, "value must have query's shape"),
+    ("value without head_dim", _map("value", lambda t: t[..., :0]), ValueError, "value must have query's shape"),
+    ("unknown normalize", _set(normalize="softmax"), ValueError, "normalize must be one of .*'softmax'"),
+    ("unknown method", _set(method="fft"), ValueError, "method must be one of .*'fft'"),
+    ("chunk_size of zero", _set(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    ("fractional chunk_size", _set(chunk_size=2.5), TypeError, "chunk_size must be an int"),
+    ("chunk_size without chunks", _set(chunk_size=4, method="parallel"), ValueError, "chunk_size must be None"),
+    ("is_causal that is no bool", _set(is_causal=1), TypeError, "is_causal must be a bool"),
+    ("state without order", _set(is_causal=False), ValueError, "initial_state goes with is_causal=True"),
+    (
+        "state asked of no order",
+        _set(is_causal=False, initial_state=None, return_state=True),
+        ValueError,
+        "return_state",
+    ),
+    (
+        "recurrence without order",
+        _set(is_causal=False, initial_state=None, method="recurrent"),
+        ValueError,
+        "method must",
+    ),
+    ("state of another batch", _map("initial_state", lambda t: t[:1]), ValueError, "initial_state must have shape"),
+    ("state without row sum", _set(normalize="retnet"), ValueError, "initial_state must have shape"),
+    ("half state", _map("initial_state", torch.Tensor.half), TypeError, "initial_state must be torch.float32"),
+    ("state that is no tensor", _set(initial_state=0), TypeError, "initial_state must be a Tensor"),
+    ("cu_seqlens that is a list", _set(cu_seqlens=[0, 21]), TypeError, "cu_seqlens must be an int32 Tensor"),
+    ("int64 cu_seqlens", _set(cu_seqlens=torch.tensor([0, 21])), TypeError, "cu_seqlens must be an int32 Tensor"),
+    (
+        "cu_seqlens of a batch",
+        _set(cu_seqlens=torch.tensor([0, 21], dtype=torch.int32)),
+        ValueError,
+        "query must have a batch of 1",
+    ),
+    (
+        "cu_seqlens that end early",
+        lambda a: {
+            **{n: t[:1] if n in ("query", "key", "value", "initial_state") else t for n, t in a.items()},
+            "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32),
+        },
+        ValueError,
+        "cu_seqlens must ascend from 0 to N",
+    ),
+)
+
+_BAD_MANHATTAN = (
+    *BAD_INPUTS,
+    *_BAD_DECAYS,
+    ("grid of another number of tokens", _set(grid=(4, 6)), ValueError, "grid 4 x 6"),
+    ("grid that is no pair", _set(grid=(20,)), TypeError, "grid must be a pair"),
+    ("negative num_prefix_tokens", _set(num_prefix_tokens=-1), ValueError, "num_prefix_tokens must be at least 0"),
+    ("unknown decay", _set(decay="scores"), ValueError, "decay must be one of .*'scores'"),
+    ("decomposed prefix tokens", _set(decomposed=True), ValueError, "num_prefix_tokens must be 0"),
+    ("lce_bias without weight", _set(lce_bias=torch.ones(48)), ValueError, "lce_bias must be None"),
+    ("lce_weight that is no tensor", _set(lce_weight=1.0), TypeError, "lce_weight must be a Tensor"),
+    (
+        "lce_weight of other channels",
+        _set(lce_weight=torch.ones(47, 1, 5, 5)),
+        ValueError,
+        "lce_weight must have shape",
+    ),
+    ("lce_weight of 4 x 4", _set(lce_weight=torch.ones(48, 1, 4, 4)), ValueError, "lce_weight must have shape"),
+    ("oblong lce_weight", _set(lce_weight=torch.ones(48, 1, 3, 5)), ValueError, "lce_weight must have shape"),
+    (
+        "lce_bias of other channels",
+        _set(lce_weight=torch.ones(48, 1, 5, 5), lce_bias=torch.ones(47)),
+        ValueError,
+        "lce_bias must have shape",
+    ),
+)
+
+
+def _decays(shape: Shape, generator) -> Tensor:
+    """Memories of a fraction of a token up to hundreds of tokens."""
+    return -torch.exp2(1 - 8 * torch.rand(shape.heads, generator=generator, dtype=torch.float64))
+
+
+def _retention(variant: str, *, state: bool = False, scale: float | None = None, **options) -> Case:
+    def sample(shape: Shape, generator):
+        drawn = {**_qkv(_square(shape), generator), "log_decay": _decays(shape, generator)}
+        if state:
+            rows = shape.head_dim + (options.get("normalize") == "retnet")
+            drawn["initial_state"] = _normal(generator, shape.batch, shape.heads, rows, shape.head_dim)
+            if rows > shape.head_dim:
+                drawn["initial_state"][:, :, -1] = 1.5
+        return drawn
+
+    def flops(shape: Shape) -> int:
+        chunk = {"recurrent": 1, "parallel": shape.tokens}.get(options.get("method"), options.get("chunk_size", 64))
+        per_token = 4 * min(chunk, shape.tokens) * shape.head_dim + 4 * shape.head_dim**2
+        return shape.batch * shape.heads * shape.tokens * per_token
+
+    return Case(
+        op="retention",
+        variant=variant,
+        function=effattn.retention,
+        sample=sample,
+        options=lambda shape: {**_scaled(scale, shape), **options},
+        differentiable=("query", "key", "value", "log_decay", *(("initial_state",) if state else ())),
+        parameters=("log_decay",),
+        in_float32=("log_decay", "initial_state"),
+        formula=formulas.retention,
+        flops=flops,
+        bad=_BAD_RETENTION if not variant else (),
+        takes_dropout=False,
+    )
+
+
+def _manhattan(variant: str, launches: int = 1, lce: bool = False, **options) -> Case:
+    def sample(shape: Shape, generator):
+        parameters = {}
+        if lce:
+            channels = shape.heads * shape.head_dim
+            parameters = {
+                "lce_weight": _normal(generator, channels, 1, 5, 5) / 5,
+                "lce_bias": _normal(generator, channels),
+            }
+        return {**_qkv(_square(shape), generator), "log_decay": _decays(shape, generator), **parameters}
+
+    def grid(shape: Shape) -> dict:
+        if options.get("decomposed"):
+            return {"grid": _rectangle(shape.tokens)}
+        return {"grid": shape.grid, "num_prefix_tokens": shape.prefix}
+
+    def flops(shape: Shape) -> int:
+        height, width = grid(shape)["grid"]
+        keys = height + width if options.get("decomposed") else shape.tokens
+        return shape.batch * shape.heads * shape.tokens * shape.head_dim * (4 * keys + (2 * 25 if lce else 0))
+
+    parameters = ("log_decay", *(("lce_weight", "lce_bias") if lce else ()))
+    return Case(
+        op="manhattan_attention",
+        variant=variant,
+        function=effattn.manhattan_attention,
+        sample=sample,
+        options=lambda shape: {**grid(shape), **options},
+        differentiable=("query", "key", "value", *parameters),
+        parameters=parameters,
+        in_float32=parameters,
+        formula=formulas.manhattan_attention,
+        flops=flops,
+        bad=_BAD_MANHATTAN if not variant else (),
+        launches=launches,
+        grids=UNEVEN if options.get("decomposed") else ((3, 4), (5, 6), (7, 3)),
+    )
+
+
 CASES: dict[str, tuple[Case, ...]] = {
+    "retention": (
+        _retention("", state=True),
+        _retention("bidirectional", is_causal=False, scale=1.3),
+        _retention("normalized", state=True, normalize="retnet", method="chunkwise", chunk_size=16),
+        _retention("recurrent", state=True, method="recurrent"),
+        _retention("parallel", method="parallel", normalize="retnet"),
+    ),
+    "manhattan_attention": (
+        _manhattan(""),
+        _manhattan("weights", decay="weights"),
+        _manhattan("decomposed", launches=3, lce=True, decomposed=True),
+        _manhattan("decomposed weights", launches=2, decomposed=True, decay="weights"),
+    ),
     "cross_shaped_window_attention": (
         _stripes("", 2, "per head", padding="zero_key"),
         _stripes("stripe of one", 1, "shared"),
@@ -526,6 +705,7 @@ ELSEWHERE = {
     "add_matmul": "test_packed_bits.py",
     "binary_matmul": "test_packed_bits.py",
     "hamming_attention": "test_packed_bits.py",
+    "retention_step": "test_retention.py",
 }
 """Registered operators that are no attention of query, key and value: the file that holds them to the same rules."""
 

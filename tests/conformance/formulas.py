@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 
@@ -194,3 +196,98 @@ def cross_shaped_window_attention(
         inputs = (query[:, own], key[:, own], value[:, own])
         parts.append(stripe_attention(*inputs, grid, stripe_width, orientation, **lepe, **options))
     return np.concatenate(parts, 1)
+
+
+def retention(
+    query,
+    key,
+    value,
+    log_decay,
+    is_causal=True,
+    scale=None,
+    normalize="none",
+    initial_state=None,
+    method="auto",
+    chunk_size=None,
+    cu_seqlens=None,
+) -> np.ndarray:
+    """Pair by pair, whatever the method: o_i = sum_j s q_i . k_j gamma^|i - j| v_j, and what a state adds."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, tokens, key_dim = query.shape
+    bounds = [0, tokens] if cu_seqlens is None else list(cu_seqlens)
+    output = np.zeros((batch, heads, tokens, value.shape[-1]))
+    for b, h in np.ndindex(batch, heads):
+        gamma = np.exp(log_decay[h])
+        for sequence, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            state = None if initial_state is None else initial_state[b if cu_seqlens is None else sequence, h]
+            for i in range(begin, end):
+                row_sum = 0.0
+                for j in range(begin, i + 1 if is_causal else end):
+                    weight = gamma ** abs(i - j)
+                    row_sum += weight
+                    output[b, h, i] += scale * (query[b, h, i] @ key[b, h, j]) * weight * value[b, h, j]
+                if state is not None:
+                    output[b, h, i] += scale * gamma ** (i - begin + 1) * (query[b, h, i] @ state[:key_dim])
+                    if normalize == "retnet":
+                        row_sum += gamma ** (i - begin + 1) * state[key_dim, 0]
+                if normalize == "retnet":
+                    output[b, h, i] /= np.sqrt(row_sum)
+    return output
+
+
+def manhattan_attention(
+    query,
+    key,
+    value,
+    log_decay,
+    grid,
+    decomposed=False,
+    decay="logits",
+    num_prefix_tokens=0,
+    lce_weight=None,
+    lce_bias=None,
+    scale=None,
+) -> np.ndarray:
+    """Token by token; decomposed: along x with V, then along y with what that gave."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, tokens, head_dim = query.shape
+    height, width = grid
+
+    def place(token):
+        return None if token < num_prefix_tokens else divmod(token - num_prefix_tokens, width)
+
+    def attend(values, meets):
+        output = np.zeros_like(query)
+        for b, h in np.ndindex(batch, heads):
+            for i in range(tokens):
+                keys = [j for j in range(tokens) if meets(place(i), place(j))]
+                pairs = [(place(i), place(j)) for j in keys]
+                distance = np.array([abs(p[0] - q[0]) + abs(p[1] - q[1]) if p and q else 0 for p, q in pairs])
+                logits = scale * key[b, h, keys] @ query[b, h, i]
+                if decay == "logits":
+                    weights = _softmax(logits + log_decay[h] * distance)
+                else:
+                    weights = _softmax(logits) * np.exp(log_decay[h] * distance)
+                output[b, h, i] = weights @ values[b, h, keys]
+        return output
+
+    if decomposed:
+        along_x = attend(value, lambda p, q: p[0] == q[0])
+        output = attend(along_x, lambda p, q: p[1] == q[1])
+    else:
+        output = attend(value, lambda p, q: True)
+    if lce_weight is None:
+        return output
+    reach = lce_weight.shape[2] // 2
+    for h in range(heads):
+        channels = slice(h * head_dim, (h + 1) * head_dim)
+        for token in range(num_prefix_tokens, tokens):
+            y, x = place(token)
+            if lce_bias is not None:
+                output[:, h, token] += lce_bias[channels]
+            for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
+                near = (y + dy - reach, x + dx - reach)
+                if 0 <= near[0] < height and 0 <= near[1] < width:
+                    other = num_prefix_tokens + near[0] * width + near[1]
+                    output[:, h, token] += lce_weight[channels, 0, dy, dx] * value[:, h, other]
+    return output

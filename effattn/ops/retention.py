@@ -1,0 +1,506 @@
+"""Retention: linear attention whose memory decays by one factor per token and head (RetNet, ViR)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+from .._library import Op, Operator
+from .._registry import REFERENCE, Problem, choose, register
+from ..reference.retention import powers, xpos_rotation
+
+NORMALIZE = ("none", "retnet")
+METHODS = ("auto", "parallel", "chunkwise", "recurrent")
+MAX_VALUE_DIM = 512
+DEFAULT_CHUNK = 64  # what FLOPs are counted for
+
+
+def _flops(query, key, value, is_causal, chunk_size, *rest) -> int:
+    """Scores and output inside chunks, reading and updating the state: 2 c (Dk + Dv) + 4 Dk Dv a token and head."""
+    batch, heads, length, key_dim = query
+    chunk = min(chunk_size or DEFAULT_CHUNK, length)
+    return batch * heads * length * (2 * chunk * (key_dim + value[3]) + 4 * key_dim * value[3])
+
+
+def _state_shape(query, value, cu_seqlens) -> tuple:
+    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return sequences, query.shape[1], query.shape[3], value.shape[3]
+
+
+def _like_query(query: Tensor, value_dim) -> Tensor:
+    """Of (B, H, N, Dv), laid out as query is."""
+    if value_dim == query.shape[3]:
+        return torch.empty_like(query)
+    order = sorted(range(3), key=query.stride, reverse=True)
+    sizes = [query.shape[d] for d in order]
+    return query.new_empty((*sizes, value_dim)).permute(*(order.index(d) for d in range(3)), 3)
+
+
+def _fake(
+    query, key, value, log_decay, initial_state, row_scale, cu_seqlens, is_causal, chunk_size, return_state, scale
+):
+    shape = _state_shape(query, value, cu_seqlens) if return_state else (0,)
+    return _like_query(query, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
+
+
+scan = Operator(
+    "retention",
+    family="retention",
+    tensors=("query", "key", "value", "log_decay", "?initial_state", "?row_scale", "?cu_seqlens"),
+    differentiable=("query", "key", "value", "log_decay", "initial_state"),
+    parameters=("log_decay",),
+    options="bool is_causal, SymInt chunk_size, bool return_state, float scale",
+    results=("output", "state"),
+    saved={},
+    saves_output=False,
+    mixes_batch=lambda *args: args[6] is not None,
+    fake=_fake,
+    flops=_flops,
+)
+"""O_i = row_scale_i ((s Q K^T * G) V + s gamma^(i + 1) q_i S_0)_i and, with return_state, the state after the last token.
+
+log_decay (H,), initial_state (B or S, H, Dk, Dv), row_scale (B, H, N): contiguous float32. cu_seqlens (S + 1,) int32.
+chunk_size: tokens of one chunk, 0 the backend's choice. The state is (0,) without return_state. The gradient of
+row_scale is left to `_attach`.
+"""
+
+
+def _step_fake(query, key, value, log_decay, state, scale):
+    return _like_query(query, value.shape[3]), torch.empty_like(state)
+
+
+def _step_flops(query, key, value, *args, **kwargs) -> int:
+    return 4 * query[0] * query[1] * query[3] * value[3]
+
+
+_STEP = "Tensor query, Tensor key, Tensor value, Tensor log_decay"
+step = Op(
+    f"retention_step({_STEP}, Tensor state, float scale) -> (Tensor output, Tensor state)",
+    _step_fake,
+    family="retention",
+    flops=_step_flops,
+)
+step_inplace = Op(
+    f"retention_step_({_STEP}, Tensor(a!) state, float scale) -> Tensor output",
+    lambda *args: _step_fake(*args)[0],
+    family="retention",
+    flops=_step_flops,
+)
+"""One token, (B, H, 1, D); log_decay (H,) and state (B, H, Dk, Dv) contiguous float32."""
+
+register("retention", (REFERENCE,))
+register("retention_step", (REFERENCE,))
+
+
+def retention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    normalize: str = "none",
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention without softmax whose weights decay with the distance: retention.
+
+    .. math::
+        O = (s\, Q K^\top \odot G)\, V, \qquad G_{ij} = \gamma_h^{\,i - j} \text{ for } j \le i, \text{ else } 0,
+        \qquad \gamma_h = e^{\text{log\_decay}_h}
+
+    which is also :math:`o_n = s\, q_n S_n` with the state :math:`S_n = \gamma S_{n-1} + k_n^\top v_n`. Three forms of the
+    same: parallel (quadratic), recurrent, and chunkwise, which is linear in N and fast. The fused kernels form no N x N
+    tensor and keep the state on chip, forward and backward.
+
+    Args:
+        query, key: (B, H, N, Dk), float32, bfloat16, float16 or float64 (float64: reference only), any strides.
+        value: (B, H, N, Dv); Dv may differ from Dk.
+        log_decay: (H,), natural logarithm of gamma, at most 0; -inf is gamma = 0. On a GPU the values are not looked at,
+            since that would wait for the device.
+        is_causal: False: G_ij = gamma^|i - j|; goes neither with a state nor with ``method="recurrent"``.
+        scale: factor s of the scores; default Dk ** -0.5.
+        normalize: "retnet": row i is divided by sqrt(sum_j G_ij), the same in all forms. "none".
+        initial_state: (B, H, Dk, Dv), state before the first token, as an earlier call returned it; float32, float64 for
+            float64. With ``normalize="retnet"`` (B, H, Dk + 1, Dv): its last row carries the sum. With ``cu_seqlens``
+            one per sequence: (S, H, ...).
+        return_state: also return the state after the last token, of initial_state's shape. A sequence split anywhere,
+            the state handed on, gives what the whole sequence gives.
+        method: "parallel", "chunkwise", "recurrent", or "auto".
+        chunk_size: tokens of a chunk, for "chunkwise"; default: what suits the kernel.
+        cu_seqlens: (S + 1,) int32, ascending from 0 to N: packs S sequences one after the other, B = 1.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit backend never falls back.
+
+    Returns:
+        Tensor: (B, H, N, Dv), query's dtype; with ``return_state`` (output, state). Differentiable in query, key, value,
+        log_decay and initial_state, through output and state.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+
+    Source:
+        Retentive Network, arXiv 2307.08621, section 2; ViR, arXiv 2310.19731.
+
+    Example:
+        >>> import torch, effattn
+        >>> query, key, value = torch.randn(3, 1, 4, 100, 16)
+        >>> log_decay = effattn.retnet_log_decay(4)
+        >>> whole = effattn.retention(query, key, value, log_decay)
+        >>> first, state = effattn.retention(
+        ...     query[:, :, :37], key[:, :, :37], value[:, :, :37], log_decay, return_state=True)
+        >>> rest = effattn.retention(
+        ...     query[:, :, 37:], key[:, :, 37:], value[:, :, 37:], log_decay, initial_state=state)
+        >>> torch.allclose(torch.cat((first, rest), 2), whole, atol=1e-4)
+        True
+    """
+    op = "retention"
+    _tensors(op, query, key, value)
+    check_decay(op, log_decay, query)
+    _checks.one_of(op, "normalize", normalize, NORMALIZE)
+    chunk = _chunk(op, method, chunk_size, is_causal, query.shape[2])
+    scale = _checks.scale_or_default(op, scale, query.shape[3])
+    sequences = query.shape[0]
+    if cu_seqlens is not None:
+        sequences = _check_sequences(op, cu_seqlens, query)
+    if not is_causal:
+        for name, given in (("initial_state", initial_state is not None), ("return_state", return_state)):
+            if given:
+                raise ValueError(f"{op}: {name} goes with is_causal=True only: without an order there is no state")
+    extra = normalize == "retnet"
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, query, value, sequences, (query.shape[3] + extra,))
+    query, key, value = _checks.autocast(query, key, value)
+    backend = choose(op, backend, _problem(query, value, chunk))
+    if backend == "reference":
+        return reference.retention(
+            *(query, key, value, log_decay, is_causal, scale, normalize, initial_state, return_state),
+            chunk_size=None if method == "parallel" or not is_causal else chunk or DEFAULT_CHUNK,
+            cu_seqlens=cu_seqlens,
+        )
+    log_decay, state = log_decay.float().contiguous(), initial_state
+    row_scale = sums = None
+    if extra:
+        before = None if state is None else state[:, :, -1, 0]
+        row_scale, sums = _row_scale(query, log_decay, before, cu_seqlens, is_causal, return_state)
+        if row_scale.requires_grad:
+            query, row_scale = _Attach.apply(query, row_scale), row_scale.detach()
+        state = None if state is None else state[:, :, :-1]
+    state = None if state is None else state.float().contiguous()
+    output, state = scan(
+        *(backend, query, key, value, log_decay, state, row_scale, cu_seqlens, is_causal, chunk, return_state, scale)
+    )
+    if not return_state:
+        return output
+    if extra:
+        state = torch.cat((state, sums[..., None, None].expand(-1, -1, 1, value.shape[3])), 2)
+    return output, state
+
+
+def retention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""One token of recurrent retention: what a decoder calls per token.
+
+    .. math:: S = \gamma_h\, S_{\text{state}} + k^\top v, \qquad o = s\, q\, S
+
+    Args:
+        query, key: (B, H, 1, Dk), float32, bfloat16, float16 or float64 (float64: reference only), any strides.
+        value: (B, H, 1, Dv).
+        log_decay: (H,), natural logarithm of gamma, at most 0.
+        state: (B, H, Dk, Dv), float32 (float64 for float64); zeros before the first token. With Dk + 1 rows, as
+            ``retention(normalize="retnet")`` returns it, the step normalises too.
+        scale: factor s of the scores; default Dk ** -0.5.
+        inplace: write the new state over ``state``, which halves the memory of decoding. Not differentiable.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit backend never falls back.
+
+    Returns:
+        (Tensor, Tensor): output (B, H, 1, Dv) in query's dtype, and the new state. Differentiable in all tensors.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+
+    Source:
+        Retentive Network, arXiv 2307.08621, equation 6.
+
+    Example:
+        >>> import torch, effattn
+        >>> query, key, value = torch.randn(3, 2, 4, 1, 16)
+        >>> state = torch.zeros(2, 4, 16, 16)
+        >>> output, state = effattn.retention_step(query, key, value, effattn.retnet_log_decay(4), state)
+        >>> output.shape, state.shape
+        (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 16, 16]))
+    """
+    op = "retention_step"
+    _tensors(op, query, key, value)
+    if query.shape[2] != 1:
+        raise ValueError(f"{op}: query must hold one token, (B, H, 1, Dk), got {tuple(query.shape)}")
+    check_decay(op, log_decay, query)
+    scale = _checks.scale_or_default(op, scale, query.shape[3])
+    key_dim = query.shape[3]
+    _check_state(op, "state", state, query, value, query.shape[0], (key_dim, key_dim + 1))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_decay, state))
+    if inplace and differentiable:
+        raise ValueError(f"{op}: inplace must be False where a gradient is wanted (use torch.no_grad())")
+    query, key, value = _checks.autocast(query, key, value)
+    backend = choose(op, backend, _problem(query, value, 1))
+    if backend == "reference":
+        output, new = reference.retention_step(query, key, value, log_decay, state, scale)
+        return output, state.copy_(new) if inplace else new
+    if differentiable or state.shape[2] != key_dim:
+        normalize = "none" if state.shape[2] == key_dim else "retnet"
+        output, new = retention(
+            *(query, key, value, log_decay),
+            scale=scale,
+            normalize=normalize,
+            initial_state=state,
+            return_state=True,
+            method="recurrent",
+            backend=backend,
+        )
+        return output, state.copy_(new) if inplace else new
+    log_decay = log_decay.float().contiguous()
+    if not inplace:
+        return step(backend, query, key, value, log_decay, state.float().contiguous(), scale)
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        raise ValueError(f"{op}: state must be contiguous float32 to be written in place, got {state.dtype}")
+    return step_inplace(backend, query, key, value, log_decay, state, scale), state
+
+
+def rotate_xpos(x: Tensor, *, offset: int = 0, base: float = 10000.0) -> Tensor:
+    r"""Turn pairs of neighbouring elements by an angle that grows with the position: the theta shift of RetNet and RMT.
+
+    .. math::
+        (x_{2m}, x_{2m+1}) \to (x_{2m} \cos a - x_{2m+1} \sin a,\; x_{2m+1} \cos a + x_{2m} \sin a), \qquad
+        a = (\text{offset} + n)\, \text{base}^{-m / (D / 2 - 1)}
+
+    Scores of turned queries and keys depend on the difference of their positions. Angles are computed in float64.
+
+    Args:
+        x: (..., N, D), D even, any floating dtype; row n is token n of the (flattened) sequence.
+        offset: position of the first token.
+        base: 10000 in both papers.
+
+    Returns:
+        Tensor: as ``x``, differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+
+    Source:
+        Retentive Network, arXiv 2307.08621, section 2.1; RMT, arXiv 2309.11523.
+
+    Example:
+        >>> import torch, effattn
+        >>> x = torch.randn(2, 4, 10, 16)
+        >>> torch.allclose(effattn.rotate_xpos(x)[:, :, 3:], effattn.rotate_xpos(x[:, :, 3:], offset=3), atol=1e-6)
+        True
+    """
+    op = "rotate_xpos"
+    _checks.floating(op, "x", x)
+    if x.dim() < 2 or x.shape[-1] % 2 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must have shape (..., N, D) with D even and at least 2, got {tuple(x.shape)}")
+    _checks.integer(op, "offset", offset, 0)
+    _checks.real(op, "base", base)
+    if base <= 0:
+        raise ValueError(f"{op}: base must be above 0, got {base}")
+    if x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return reference.rotate_xpos(x, offset, base)
+    rotation = _rotation(x.shape[-2], x.shape[-1], offset, float(base), x.device)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())  # one pass over x
+    return torch.view_as_real(pairs * rotation).flatten(-2)
+
+
+@functools.lru_cache(maxsize=4)
+def _rotation(length: int, head_dim: int, offset: int, base: float, device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.complex(*xpos_rotation(length, head_dim, offset, base, device)).to(torch.complex64)
+
+
+def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float64, device=None) -> Tensor:
+    """RetNet's and ViR's decays: log(1 - 2 ** (-5 - h)), (H,), exact to the last bits of float64.
+
+    Args:
+        num_heads: H. From h = 20 on, 1 - 2 ** (-5 - h) is 1 in float32; its logarithm is not 0.
+
+    Example:
+        >>> import effattn
+        >>> effattn.retnet_log_decay(2).exp()
+        tensor([0.9688, 0.9844], dtype=torch.float64)
+    """
+    _checks.integer("retnet_log_decay", "num_heads", num_heads, 0)
+    return _log_decay(5.0 + torch.arange(num_heads, dtype=torch.float64, device=device), dtype)
+
+
+def rmt_log_decay(
+    num_heads: int, initial: float = 2.0, range: float = 4.0, *, dtype: torch.dtype = torch.float64, device=None
+) -> Tensor:
+    """RMT's decays: log(1 - 2 ** (-initial - range * h / H)), (H,), in float64.
+
+    Example:
+        >>> import effattn
+        >>> effattn.rmt_log_decay(4).exp()
+        tensor([0.7500, 0.8750, 0.9375, 0.9688], dtype=torch.float64)
+    """
+    op = "rmt_log_decay"
+    _checks.integer(op, "num_heads", num_heads, 0)
+    for name, given in (("initial", initial), ("range", range)):
+        _checks.real(op, name, given)
+        if given < 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {given}")
+    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
+    return _log_decay(initial + range * heads / max(num_heads, 1), dtype)
+
+
+def _log_decay(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.log1p(-(2.0**-exponents)).to(dtype)
+
+
+# ---- arguments ----
+
+
+def _tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """(B, H, N, Dk) twice and (B, H, N, Dv)."""
+    _checks.attention_inputs(op, query, key, query)
+    like_query = query
+    if isinstance(value, Tensor) and value.dim() == 4 and value.shape[3] >= 1:
+        like_query = query[..., :1].expand(*query.shape[:3], value.shape[3])
+    _checks.attention_inputs(op, like_query, like_query, value)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on the CPU, and neither traced nor mapped over."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def check_decay(op: str, log_decay: Tensor, query: Tensor) -> None:
+    _checks.parameter(op, "log_decay", log_decay, query)
+    heads = query.shape[1]
+    if tuple(log_decay.shape) != (heads,):
+        raise ValueError(f"{op}: log_decay must have shape (H,) with H = {heads}, got {tuple(log_decay.shape)}")
+    if heads and _is_plain(log_decay):
+        largest = log_decay.detach().max().item()
+        if not largest <= 0.0:
+            raise ValueError(f"{op}: log_decay must be at most 0 (gamma at most 1), got {largest}")
+
+
+def _chunk(op: str, method: str, chunk_size, is_causal: bool, length):
+    """Tokens of a chunk; 0: the backend's choice."""
+    _checks.one_of(op, "method", method, METHODS)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"{op}: is_causal must be a bool, got {is_causal!r}")
+    if chunk_size is not None:
+        _checks.integer(op, "chunk_size", chunk_size, 1)
+        if method not in ("auto", "chunkwise"):
+            raise ValueError(f"{op}: chunk_size must be None with method={method!r}, got {chunk_size}")
+        return chunk_size
+    if method == "recurrent":
+        if not is_causal:
+            raise ValueError(f"{op}: method must not be 'recurrent' where is_causal is False")
+        return 1
+    return max(length, 1) if method == "parallel" else 0
+
+
+def _check_sequences(op: str, cu_seqlens: Tensor, query: Tensor) -> int:
+    """Number of packed sequences."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{op}: cu_seqlens must be an int32 Tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != query.device:
+        raise ValueError(f"{op}: cu_seqlens must be on query's device {query.device}, got {cu_seqlens.device}")
+    if query.shape[0] != 1:
+        raise ValueError(f"{op}: query must have a batch of 1 with cu_seqlens, got {query.shape[0]}")
+    if _is_plain(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != query.shape[2] or bounds != sorted(bounds):
+            raise ValueError(f"{op}: cu_seqlens must ascend from 0 to N = {query.shape[2]}, got {bounds}")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_state(op: str, name: str, state: Tensor, query: Tensor, value: Tensor, sequences, rows: tuple) -> None:
+    _checks.parameter(op, name, state, query)
+    wanted = [(sequences, query.shape[1], count, value.shape[3]) for count in rows]
+    if tuple(state.shape) not in wanted:
+        allowed = " or ".join(map(str, wanted))
+        raise ValueError(f"{op}: {name} must have shape {allowed}, got {tuple(state.shape)}")
+    exact = torch.promote_types(query.dtype, torch.float32)
+    if state.dtype != exact:
+        raise TypeError(f"{op}: {name} must be {exact} for query in {query.dtype}, got {state.dtype}")
+
+
+def _problem(query: Tensor, value: Tensor, chunk) -> Problem:
+    detail = f"value's head_dim {value.shape[3]} is above {MAX_VALUE_DIM}" if value.shape[3] > MAX_VALUE_DIM else ""
+    return Problem(query.device.type, query.dtype, query.shape[3], detail=detail, chunk_size=chunk)
+
+
+# ---- normalisation ----
+
+
+def _row_scale(query, log_decay, before, cu_seqlens, is_causal: bool, wants_last: bool):
+    """(B, H, N) 1 / sqrt(z_i), and (B or S, H) z after the last token of every sequence; float32."""
+    length, device = query.shape[2], query.device
+    exact = log_decay.double()
+    powers_below = powers(exact, torch.arange(length, device=device))
+    geometric = torch.cat((powers_below.new_zeros(len(exact), 1), powers_below.cumsum(-1)), -1)  # of the first n powers
+    position = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        sequence, lengths = torch.zeros_like(position), position.new_full((1,), length)
+    else:
+        sequence = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
+        position, lengths = position - cu_seqlens[sequence], cu_seqlens.diff().long()
+    rows = geometric[:, position + 1]
+    if not is_causal:
+        rows = rows + geometric[:, lengths[sequence] - position] - 1
+    elif before is not None:
+        by_token = before[..., None] if cu_seqlens is None else before[sequence].t()
+        rows = rows + powers(exact, position + 1) * by_token
+    row_scale = rows.rsqrt().float().expand(query.shape[0], -1, -1).contiguous()
+    if not wants_last:
+        return row_scale, None
+    last = geometric[:, lengths].t()
+    if before is not None:
+        last = last + powers(exact, lengths).t() * before
+    return row_scale, last.float().expand(query.shape[0] if cu_seqlens is None else -1, -1)
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on query. Scores are linear in it, so q . dq is also z dL / dz of a factor z of its row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, row_scale):
+        return query.view_as(query)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_query):
+        query, row_scale = ctx.saved_tensors
+        return grad_query, (query.float() * grad_query.float()).sum(-1) / row_scale
