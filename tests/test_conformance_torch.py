@@ -190,7 +190,8 @@ def test_autocast_computes_in_its_dtype(case, backend, dtype):
         pytest.skip("the interpreter is slow")
     with torch.autocast(device_of(backend), dtype):
         got = run(case, tensors, options, backend, grad_output.to(dtype))
-    lower = {n: t.to(dtype) if n not in case.parameters and t.is_floating_point() else t for n, t in tensors.items()}
+    kept = (*case.parameters, *case.in_float32)
+    lower = {n: t.to(dtype) if n not in kept and t.is_floating_point() else t for n, t in tensors.items()}
     wanted = run(case, lower, options, backend, grad_output.to(dtype))
     assert got.output.dtype == dtype
     assert all(gradient.dtype == torch.float32 for gradient in got.gradients.values())

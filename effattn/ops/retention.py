@@ -183,7 +183,7 @@ def retention(
     if backend == "reference":
         return reference.retention(
             *(query, key, value, log_decay, is_causal, scale, normalize, initial_state, return_state),
-            chunk_size=None if method == "parallel" or not is_causal else chunk or DEFAULT_CHUNK,
+            chunk_size=_reference_chunk(method, chunk, is_causal),
             cu_seqlens=cu_seqlens,
         )
     log_decay, state = log_decay.float().contiguous(), initial_state
@@ -421,6 +421,13 @@ def _chunk(op: str, method: str, chunk_size, is_causal: bool, length):
             raise ValueError(f"{op}: method must not be 'recurrent' where is_causal is False")
         return 1
     return max(length, 1) if method == "parallel" else 0
+
+
+def _reference_chunk(method: str, chunk, is_causal: bool):
+    """The parallel form where a graph is traced: a loop over chunks would hold for one length only."""
+    if method == "parallel" or not is_causal:
+        return None
+    return chunk or (None if torch.compiler.is_compiling() else DEFAULT_CHUNK)
 
 
 def _check_sequences(op: str, cu_seqlens: Tensor, query: Tensor) -> int:

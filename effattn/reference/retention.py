@@ -94,8 +94,8 @@ def _one_sequence(query, key, value, log_decay, state, *, is_causal, scale, norm
         factor = sums.rsqrt()
         sums = torch.cat((before[..., None].to(sums.dtype), sums.expand(*rows, length)), -1)[..., -1]
     outputs = []
-    for begin in range(0, max(length, 1), chunk_size or max(length, 1)):
-        chunk = slice(begin, begin + (chunk_size or length))
+    for begin in (0,) if chunk_size is None else range(0, max(length, 1), chunk_size):
+        chunk = slice(begin, None if chunk_size is None else begin + chunk_size)
         output, state = _one_chunk(
             *(t[:, :, chunk] for t in (query, key, value)),
             *(log_decay, state, None if factor is None else factor[..., chunk], is_causal, scale),
