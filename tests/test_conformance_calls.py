@@ -72,7 +72,9 @@ UNSERVED = {
     "float64": (lambda a: {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in a.items()}, "float64"),
     "head_dim 257": (
         lambda a: {
-            **{n: v for n, v in a.items() if not n.startswith(("lepe", "lce", "initial"))},  # whose shapes have head_dim
+            **{
+                n: v for n, v in a.items() if not n.startswith(("lepe", "lce", "initial"))
+            },  # whose shapes have head_dim
             **{n: a[n].new_zeros((*a[n].shape[:3], 257)) for n in ("query", "key", "value")},
         },
         "head_dim 257 is above 256",

@@ -73,10 +73,11 @@ def retention(
         )
         for index, (begin, end) in enumerate(itertools.pairwise(bounds))
     ]
-    output = torch.cat([output for output, _ in results], 2) if results else query.new_zeros(value.shape)
-    if not return_state:
-        return output
-    return output, torch.cat([state for _, state in results])
+    if not results:  # of no sequence and so of no token: an empty batch
+        results = [_one_sequence(query[:0], key[:0], value[:0], log_decay, None, **options)]
+        results[0] = (query.new_zeros(value.shape), results[0][1])
+    output, state = torch.cat([output for output, _ in results], 2), torch.cat([state for _, state in results])
+    return (output, state) if return_state else output
 
 
 def _one_sequence(query, key, value, log_decay, state, *, is_causal, scale, normalize, chunk_size):

@@ -60,7 +60,7 @@ def measure(case, tensors: dict[str, Tensor], options: dict, backend: str, grad_
     terms = 0.0 if exact_grad is None else _cancelling_terms(in_double(tensors), exact_grad)
 
     def compare(what, ours, eager, exact, like):
-        assert (ours.shape, ours.dtype) == (like.shape, like.dtype), what
+        assert (ours.shape, ours.dtype) == (exact.shape, like.dtype), what
         assert not ours.isnan().any(), f"{what} has NaN"
         largest = _largest(exact)
         cancels = what != "output" and (one_key or largest <= 1e-12 * terms)
