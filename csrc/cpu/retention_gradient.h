@@ -195,12 +195,12 @@ class Backward {
     transpose_rows(transposed_, p_.key_pitch, {state, p_.value_pitch}, p_.key_dim, p_.value_dim);
     for (int64_t first = 0; first < tokens; first += kBlock) {
       const int64_t rows = smaller(kBlock, tokens - first);
-      Vec log = {};
       product(
           by_rows({left.row(first), left.pitch}), {transposed_, p_.key_pitch}, rows, p_.key_pitch,
           [&](int64_t) { return Steps{0, p_.value_dim}; },
           [&](auto& sum, auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
             const int64_t live = smaller(rows - r, kTileRows);
+            Vec log = {};
             EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < live) {
               const int64_t row = first + r + i;
               const Vec scale = broadcast(factor[row]);
@@ -213,8 +213,8 @@ class Backward {
                 store(at, assigns ? x : x + load(at));
               }
             }
+            log_ += static_cast<double>(reduce_add(log));
           });
-      log_ += static_cast<double>(reduce_add(log));
     }
   }
 
@@ -257,10 +257,10 @@ class Backward {
                 store(to + v * kLanes, sum[i][v] * load(weight + v * kLanes));
           }
         });
-    Vec log = {};
     scores({c.upstream.row(row), c.upstream.pitch}, values_ + column * p_.value_pitch, rows, columns, p_.value_dim,
         is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
           const int64_t live = smaller(rows - r, kTileRows);
+          Vec log = {};
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < live) {
             const float* weight = decay.between(row + r + i, column + k);
             const float* distance = decay.distance(row + r + i, column + k);
@@ -271,8 +271,8 @@ class Backward {
               store(grad_weights_ + at + v * kLanes, sum[i][v] * load(weight + v * kLanes));
             }
           }
+          log_ += static_cast<double>(reduce_add(log));
         });
-    log_ += static_cast<double>(reduce_add(log));
     const auto of_query = [&](int64_t r) { return Steps{0, is_triangle ? smaller(columns, r + kTileRows) : columns}; };
     const auto of_key = [&](int64_t r) { return Steps{is_triangle ? r : 0, rows}; };
     const Rows weights = {weights_, kTilePitch}, grad_weights = {grad_weights_, kTilePitch};
