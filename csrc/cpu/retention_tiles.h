@@ -86,16 +86,22 @@ EFFATTN_INLINE void product(
 }
 
 // The tiles of a block of scores, of `rows` queries and `keys` keys transposed to [d][kBlock]; on the diagonal of a
-// causal call only the vectors that reach it.
+// causal call only the vectors that reach it. Summed in two chains: an error of a score is seen, many times over, in
+// the gradient of the decay.
 template <class Epilogue>
 EFFATTN_INLINE void scores(const Rows& query, const float* keys, int64_t rows, int64_t columns, int64_t depth,
     bool is_triangle, Epilogue&& epilogue) {
+  constexpr int kVectors = kChainedVectors<Float32>;
+  const auto tile = [&](auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
+    multiply_tile<Float32, count.value, kChains<Float32>>(query.row(r), query.pitch, 1, keys + column, kBlock, depth,
+        [&](Vec(&sum)[kTileRows][count.value]) __attribute__((always_inline)) { epilogue(sum, count, r, column); });
+  };
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int64_t live = is_triangle ? smaller(columns, r + kTileRows) : columns;
-    for_each_column_tile((live + kLanes - 1) / kLanes, [&](auto count, int64_t column) __attribute__((always_inline)) {
-      multiply_tile<Float32, count.value>(query.row(r), query.pitch, 1, keys + column, kBlock, depth,
-          [&](Vec(&sum)[kTileRows][count.value]) __attribute__((always_inline)) { epilogue(sum, count, r, column); });
-    });
+    int64_t column = 0;
+    for (; column + (kVectors - 1) * kLanes < live; column += kVectors * kLanes)
+      tile(VectorCount<kVectors>{}, r, column);
+    for (; column < live; column += kLanes) tile(VectorCount<1>{}, r, column);
   }
 }
 
