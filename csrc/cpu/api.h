@@ -171,6 +171,43 @@ struct ShiftAddAttentionBackward {
   Binarize binarize;
 };
 
+// query, key (B,H,N,Dk), value (B,H,N,Dv), Dv up to 512. Contiguous, null where absent: log_decay (H), initial_state
+// (sequences,H,Dk,Dv), row_scale (B,H,N), cu_seqlens (sequences + 1), without which every batch is a sequence.
+struct Retention {
+  Tensor query, key, value;
+  const float* log_decay;
+  const float* initial_state;
+  const float* row_scale;
+  const int32_t* cu_seqlens;
+  int64_t sequences;
+  bool is_causal;
+  int64_t chunk_size;  // 0: the kernel's choice
+  double scale;
+};
+
+struct RetentionResult {
+  Tensor output;
+  float* state;  // as initial_state; may be null
+};
+
+// grad_state as initial_state, null where absent; grad_initial_state likewise.
+struct RetentionGrad {
+  Tensor output;
+  const float* state;
+  Tensor query, key, value;
+  float* log_decay;
+  float* initial_state;
+};
+
+// One token: (B,H,1,D); state and new_state (B,H,Dk,Dv) contiguous, may be the same memory.
+struct RetentionStep {
+  Tensor query, key, value, output;
+  const float* log_decay;
+  const float* state;
+  float* new_state;
+  double scale;
+};
+
 struct Kernels {
   const char* isa;
 #define EFFATTN_KERNEL(name, ...) void (*name)(__VA_ARGS__, const Runtime&);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Op, Operator
-from .._registry import REFERENCE, Problem, choose, register
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register
 from ..reference.retention import powers, xpos_rotation
 
 NORMALIZE = ("none", "retnet")
@@ -91,8 +91,8 @@ step_inplace = Op(
 )
 """One token, (B, H, 1, D); log_decay (H,) and state (B, H, Dk, Dv) contiguous float32."""
 
-register("retention", (REFERENCE,))
-register("retention_step", (REFERENCE,))
+register("retention", (Backend("cpu", cpu_kernel), REFERENCE))
+register("retention_step", (Backend("cpu", cpu_kernel), REFERENCE))
 
 
 def retention(
