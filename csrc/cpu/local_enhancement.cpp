@@ -131,7 +131,10 @@ class Convolver {
       read(y + half_);
       convolve<false>(gradients_, y);
       store_row(arguments.grad_value, batch, shape_.num_prefix_tokens + y * shape_.grid_w, shape_.grid_w);
-      for (int64_t v = 0; v * kLanes < columns_; ++v) add_tap_sums(v, y);
+      for (int64_t v = 0; v * kLanes < columns_; ++v) {
+        add_tap_sums(v, y);
+        add_bias_sums(v, y, sums + v * sums_pitch_ + work_.taps() * kLanes);
+      }
     }
     for (int64_t i = 0; i < vectors_ * sums_pitch_; ++i) sums[i] += sums_[i];
   }
@@ -196,7 +199,7 @@ class Convolver {
     }
   }
 
-  // dw and dbias, the shares of grid row y of dO.
+  // The share of grid row y of dO.
   void add_tap_sums(int64_t v, int64_t y) const {
     const int64_t size = shape_.size;
     const float* gradients = line(gradients_, y, v) + half_ * kLanes;
@@ -207,10 +210,18 @@ class Convolver {
         some_taps<kTapSums>(smaller(kTapSums, size - column), gradients, values + column * kLanes,
             sums + (row * size + column) * kLanes);
     }
-    float* bias = sums + work_.taps() * kLanes;
-    Vec total = load(bias);
-    for (int64_t x = 0; x < shape_.grid_w; ++x) total += load(gradients + x * kLanes);
-    store(bias, total);
+  }
+
+  // Equal gradients (of a mean) make a long fp32 sum drift.
+  void add_bias_sums(int64_t v, int64_t y, double* sums) const {
+    const float* gradients = line(gradients_, y, v) + half_ * kLanes;
+    alignas(64) float part[kLanes];
+    for (int64_t x = 0; x < shape_.grid_w; x += kTokens) {  // the padding is 0
+      Vec total = {};
+      EFFATTN_UNROLL for (int i = 0; i < kTokens; ++i) total += load(gradients + (x + i) * kLanes);
+      store(part, total);
+      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += part[lane];
+    }
   }
 
   template <int kCount>
@@ -240,7 +251,7 @@ class Convolver {
   float* gradients_;  // the same of dO
   float* row_;        // [vector][token], attention, then what is stored
   float* taps_;       // [vector][tap, then the bias]
-  float* sums_;       // the same of their gradients
+  float* sums_;       // the same of their gradients, but for the bias
 };
 
 }  // namespace
