@@ -52,7 +52,8 @@ struct AttentionMask {
 
 // Heads below H / 2 have windows window_h[0] x window_w[0], the others window_h[1] x window_w[1] (windows.h). All
 // contiguous, null where absent: bias (H, 2 window_h + 2 overlap_h - 1, 2 window_w + 2 overlap_w - 1), of key minus
-// query; lepe_weight (H,9,D), lepe_bias (H,D).
+// query; weights as bias, what the weights are multiplied with after the softmax; lepe_weight (H,9,D), lepe_bias (H,D).
+// num_prefix_tokens stand before the grid, only where one window is all of it: bias 0, weight 1.
 struct Windows {
   int64_t grid_h, grid_w;
   int64_t window_h[2], window_w[2];
@@ -61,12 +62,15 @@ struct Windows {
   const float* bias;
   const float* lepe_weight;
   const float* lepe_bias;
+  const float* weights = nullptr;
+  int64_t num_prefix_tokens = 0;
 };
 
 struct WindowsGrad {
   float* bias;
   float* lepe_weight;
   float* lepe_bias;
+  float* weights = nullptr;
 };
 
 // output = input W^T [* scale] [+ bias] with W (N,K) in power-of-two codes; input (1,1,M,K), output (1,1,M,N).
@@ -206,6 +210,27 @@ struct RetentionStep {
   const float* state;
   float* new_state;
   double scale;
+};
+
+// weight (H,D,size * size), bias (H,D) or null, contiguous. N = num_prefix_tokens + grid_h * grid_w.
+struct LocalEnhancement {
+  const float* weight;
+  const float* bias;
+  int64_t size, grid_h, grid_w, num_prefix_tokens;
+};
+
+// attention, value, output (B,H,N,D).
+struct LocalEnhancementForward {
+  Tensor attention, value, output;
+  LocalEnhancement shape;
+};
+
+// grad_weight, grad_bias as weight and bias.
+struct LocalEnhancementBackward {
+  Tensor grad_output, value, grad_value;
+  float* grad_weight;
+  float* grad_bias;
+  LocalEnhancement shape;
 };
 
 struct Kernels {

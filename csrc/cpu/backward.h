@@ -2,8 +2,9 @@
 // slope, and a sink for parameter gradients.
 //
 //   S = Q K^T,  logit = transform(S),  P = exp(logit - logsumexp),  delta_i = dO_i . O_i
-//   dP = dO V^T,  dLogit = P * (dP - delta),  dS = dLogit * slope,     slope = d logit / d S
+//   dP = dO V^T [* W],  dLogit = P * (dP - delta),  dS = dLogit * slope,     slope = d logit / d S
 //   dV = P^T dO,  dK = dS^T Q,  dQ = dS K,    d slope = dLogit * S     (what a multiplying family's parameters receive)
+//   reweighing families:  dV = (P * W)^T dO,  dW = P * (dO V^T)
 //
 // A task is (key head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96
 // queries, all in micro-tiles of 6 x 64 (AVX-512):
@@ -33,8 +34,9 @@ namespace effattn::EFFATTN_ISA {
 // A family of windows says so (kWindows) and has tasks of its own, WindowChunks: a task is (head, chunk of the windows
 // of all images). Each window is one problem that no other task shares, its dQ, dK and dV are stored at once; its rows
 // are whole, however many keys they have, so blocks of queries get smaller as rows get longer. Its sink has
-//   begin(task), enter(batch, head, rows), row(row, i) -> where dLogit of a row is added or null, fold(row, rows),
-//   leave(dV), share_keys(batch, head, window, dK, dV, factor) where windows overlap, end().
+//   begin(task), enter(batch, head, rows), row(row, i) -> where dLogit of a row is added or null, weights_row(row, i)
+//   -> the same for dW where the policy reweighs, fold(row, rows), leave(dV), share_keys(batch, head, window, dK, dV,
+//   factor) where windows overlap, end().
 template <bool kWindows>
 struct TasksOf {
   using Type = KeyChunks;
@@ -363,6 +365,7 @@ class Backward {
       float* grad_scores = grad_scores_ + (r + i) * tile_pitch_;
       EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
         const Vec logsumexp = broadcast(logsumexp_[row + r + i + p]);
+        const float* multipliers = multipliers_of(row + r + i + p, 0);
         Vec sum = {}, product = {};
         EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
           const int64_t at = p * tile_pitch_ + v * kLanes;
@@ -371,17 +374,23 @@ class Backward {
           if (v == kVectors - 1) w[p][v] = select(last, w[p][v], Vec{});
           grad_score[p][v] = load(grad_scores + at);
           sum += w[p][v];
-          product = fma(w[p][v], grad_score[p][v], product);
+          product = fma(w[p][v], reweighed(grad_score[p][v], multipliers + v * kLanes), product);
         }
         const float total = reduce_add(sum), inverse = total > 0.f ? 1.f / total : 0.f;
         const Vec delta = broadcast(reduce_add(product) * inverse);
-        float* to = nullptr;
+        float *to = nullptr, *to_weights = nullptr;
         if constexpr (kWindows) to = sink_.row(row + r + i + p, i + p);
+        if constexpr (Policy::kReweighs) to_weights = sink_.weights_row(row + r + i + p, i + p);
         EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
           const int64_t at = p * tile_pitch_ + v * kLanes;
           w[p][v] *= broadcast(inverse);
-          grad_score[p][v] = w[p][v] * (grad_score[p][v] - delta);
-          if (to) store(to + v * kLanes, load(to + v * kLanes) + grad_score[p][v]);
+          const Vec grad_weight = grad_score[p][v];
+          grad_score[p][v] = w[p][v] * (reweighed(grad_weight, multipliers + v * kLanes) - delta);
+          if constexpr (Policy::kReweighs) {
+            if (to_weights) add_to(to_weights + v * kLanes, w[p][v] * grad_weight);
+            w[p][v] *= load(multipliers + v * kLanes);
+          }
+          if (to) add_to(to + v * kLanes, grad_score[p][v]);
           if constexpr (kPair == 1) {
             store(scores + at, w[p][v]);
             store(grad_scores + at, grad_score[p][v]);
@@ -400,6 +409,16 @@ class Backward {
       }
     }
   }
+
+  EFFATTN_INLINE const float* multipliers_of(int64_t row, int64_t key) const {
+    if constexpr (Policy::kReweighs) return policy_.multipliers(row) + key;
+    return nullptr;
+  }
+  static EFFATTN_INLINE Vec reweighed(Vec grad, const float* multipliers) {
+    if constexpr (Policy::kReweighs) return grad * load(multipliers);
+    return grad;
+  }
+  static EFFATTN_INLINE void add_to(float* to, Vec value) { store(to, load(to) + value); }
 
   template <bool kPlain, class Tile>
   EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, int i, int64_t v, Vec logsumexp, int64_t limit) const {
@@ -421,12 +440,13 @@ class Backward {
       float* weights = weights_ + i * tile_pitch_;
       const Vec logsumexp = broadcast(logsumexp_[row + r + i]);
       const int64_t limit = smaller(policy_.key_limit(row + r + i) - key, count);
+      const float* multipliers = multipliers_of(row + r + i, key);
       Vec sum = sums[i], product = products[i];
       for (int64_t v = first; v < last; ++v) {
         const Vec w = weight<kPlain>(tile, load(scores + v * kLanes), i, v, logsumexp, limit);
         store(weights + v * kLanes, w);
         sum += w;
-        product = fma(w, load(grad_scores + v * kLanes), product);
+        product = fma(w, reweighed(load(grad_scores + v * kLanes), multipliers + v * kLanes), product);
       }
       sums[i] = sum;
       products[i] = product;
@@ -442,12 +462,15 @@ class Backward {
       float* grad_scores = grad_scores_ + (r + i) * tile_pitch_;
       Vec total[kPair], delta[kPair];
       int64_t limit[kPair];
-      float* to[kPair] = {};
+      const float* multipliers[kPair];
+      float *to[kPair] = {}, *to_weights[kPair] = {};
       EFFATTN_UNROLL for (int p = 0; p < kPair; ++p) {
         total[p] = broadcast(kWeighed ? inverse_[i + p] : logsumexp_[row + r + i + p]);
         delta[p] = broadcast(delta_[row + r + i + p]);
         limit[p] = smaller(policy_.key_limit(row + r + i + p) - key, count);
+        multipliers[p] = multipliers_of(row + r + i + p, key);
         if constexpr (kWindows) to[p] = sink_.row(row + r + i + p, i + p);
+        if constexpr (Policy::kReweighs) to_weights[p] = sink_.weights_row(row + r + i + p, i + p);
       }
       for (int64_t v = first; v < last; ++v) {
         Vec w[kPair], grad_score[kPair];
@@ -459,13 +482,18 @@ class Backward {
             w[p] = load(weights_ + i * tile_pitch_ + at) * total[p];
           else
             w[p] = weight<kPlain>(tile, score, i + p, v, total[p], limit[p]);
-          const Vec grad_logit = w[p] * (load(grad_scores + at) - delta[p]);
+          const Vec grad_weight = load(grad_scores + at);
+          const Vec grad_logit = w[p] * (reweighed(grad_weight, multipliers[p] + v * kLanes) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
           if constexpr (kWindows) {
-            if (to[p]) store(to[p] + v * kLanes, load(to[p] + v * kLanes) + grad_score[p]);
+            if (to[p]) add_to(to[p] + v * kLanes, grad_score[p]);
           } else if constexpr (Sink::kActive) {
             sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
+          }
+          if constexpr (Policy::kReweighs) {
+            if (to_weights[p]) add_to(to_weights[p] + v * kLanes, w[p] * grad_weight);
+            w[p] *= load(multipliers[p] + v * kLanes);
           }
           if constexpr (kPair == 1) {
             store(scores + at, w[p]);

@@ -7,10 +7,12 @@
 namespace effattn::EFFATTN_ISA {
 
 void window_forward(const AttentionForward& attention, const Windows& windows, const Runtime& runtime) {
-  if (windows.bias)
-    forward_any_type<WindowPolicy<true>>(attention, windows, runtime);
+  if (windows.weights)
+    forward_any_type<WindowPolicy<false, true>>(attention, windows, runtime);
+  else if (windows.bias)
+    forward_any_type<WindowPolicy<true, false>>(attention, windows, runtime);
   else
-    forward_any_type<WindowPolicy<false>>(attention, windows, runtime);
+    forward_any_type<WindowPolicy<false, false>>(attention, windows, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

@@ -6,9 +6,9 @@
 namespace effattn::EFFATTN_ISA {
 namespace {
 
-template <bool kBias>
+template <bool kBias, bool kWeights>
 struct WindowFamily {
-  using Policy = WindowPolicy<kBias>;
+  using Policy = WindowPolicy<kBias, kWeights>;
   using Sink = WindowSink<Policy>;
   using SinkArguments = WindowSinkArguments;
   static constexpr bool kMultiplies = false;
@@ -23,11 +23,12 @@ void window_backward(
   const WindowTiling tilings[2] = {{windows, 0}, {windows, 1}};
   const int64_t most = larger(tilings[0].windows(), tilings[1].windows());
   const bool overlap = windows.overlap_h > 0 || windows.overlap_w > 0;
-  WindowSinkArguments sink = {
-      attention, windows, WindowChunks(heads, batches, most, overlap), tilings[0].bias_entries(), nullptr, nullptr};
+  WindowSinkArguments sink = {attention, windows, WindowChunks(heads, batches, most, overlap),
+      tilings[0].bias_entries(), nullptr, nullptr, nullptr};
   const int64_t tasks = heads * sink.chunks.chunks;
-  Buffer bias, lepe;
+  Buffer bias, weights, lepe;
   if (windows.bias) sink.bias = bias.reserve<double>(tasks * sink.bias_entries + 1);
+  if (windows.weights) sink.weights = weights.reserve<double>(tasks * sink.bias_entries + 1);
   if (windows.lepe_weight)
     sink.lepe = lepe.reserve<double>(tasks * (kTaps + 1) * round_up(attention.query.size[3], kLanes) + 1);
   double scores = 0;
@@ -36,13 +37,16 @@ void window_backward(
     scores += 1.0 * tiling.windows() * tiling.queries() * tiling.keys();
   }
   const double flops = 10.0 * batches * scores * attention.query.size[3];
-  if (windows.bias)
-    backward_windows_any_type<WindowFamily<true>>(attention, windows, sink.chunks, sink, flops, runtime);
+  if (windows.weights)
+    backward_windows_any_type<WindowFamily<false, true>>(attention, windows, sink.chunks, sink, flops, runtime);
+  else if (windows.bias)
+    backward_windows_any_type<WindowFamily<true, false>>(attention, windows, sink.chunks, sink, flops, runtime);
   else
-    backward_windows_any_type<WindowFamily<false>>(attention, windows, sink.chunks, sink, flops, runtime);
+    backward_windows_any_type<WindowFamily<false, false>>(attention, windows, sink.chunks, sink, flops, runtime);
   WindowReduction reduction = {sink, gradient};
   const double terms =
-      1.0 * tasks * ((sink.bias ? sink.bias_entries : 0) + (sink.lepe ? 10 * attention.query.size[3] : 0));
+      1.0 * tasks *
+      ((sink.bias || sink.weights ? sink.bias_entries : 0) + (sink.lepe ? 10 * attention.query.size[3] : 0));
   run_items(runtime, heads, terms, WindowReduction::run, &reduction);
 }
 

@@ -1,13 +1,13 @@
-// Gradients of what windows add to attention: the relative position bias and LePE, the depthwise 3 x 3 convolution of
-// value inside a window.
+// Gradients of what windows add to attention: the relative position bias or weights, and LePE, the depthwise 3 x 3
+// convolution of value inside a window.
 //
-//   dbias[r] = sum dLogit over batch, windows and the pairs with key - query = r, keys of zeros included
+//   dbias[r] = sum dLogit,  dweights[r] = sum P * (dO V^T)
+//              over batch, windows and the pairs with key - query = r, keys of zeros included
 //
 //   dV[p] += sum_t w[t] dO[p - t],   dw[t] = sum_p dO[p] V[p + t],   db = sum_p dO[p],   p, p + t in one window
 //
 // A task (head, chunk of its windows) sums into numbers of its own, which are added up in order afterwards, in float64:
-//   bias      small windows: dense[query][key] += dLogit while the tiles pass, folded onto the table at the end of the
-//             task. Large ones, and those with keys left out: folded six rows at a time, a row of keys in one piece.
+//   tables    window_table.h
 //
 //   LePE      one pass per window over its rows in fp32, 16 columns at a time; every neighbour of dO is loaded once for
 //             the taps of both sums. Windows of one column or row have three taps.
@@ -15,6 +15,7 @@
 
 #include "backward.h"
 #include "key_band.h"
+#include "window_table.h"
 
 namespace effattn::EFFATTN_ISA {
 
@@ -23,8 +24,9 @@ struct WindowSinkArguments {
   const Windows& windows;
   WindowChunks chunks;
   int64_t bias_entries;
-  double* bias;  // [head][chunk][entry], null without a bias
-  double* lepe;  // [head][chunk][9 taps, then the bias][pitch], null without LePE
+  double* bias;     // [head][chunk][entry], null without a bias
+  double* weights;  // the same, of the weights
+  double* lepe;     // [head][chunk][9 taps, then the bias][pitch], null without LePE
 };
 
 inline constexpr int64_t kTaps = 9;
@@ -39,24 +41,17 @@ class WindowSink {
         arguments_(arguments),
         head_dim_(arguments.attention.query.size[3]),
         pitch_(round_up(head_dim_, kLanes)),
-        key_pitch_(round_up(policy.largest().keys, kLanes)),
         places_(policy.largest().queries),
-        is_dense_(places_ * key_pitch_ <= kDenseFloats),
-        band_(policy.window_rows().tiling(0), arguments.chunks.by_image ? pitch_ : 0) {
-    static thread_local Buffer bias, lepe, neighbours;
-    if (arguments.bias) {
-      dense_ = bias.reserve<float>(
-          (is_dense_ ? places_ : 0) * key_pitch_ + kTileRows * key_pitch_ + arguments.bias_entries + kLanes);
-      staged_ = dense_ + (is_dense_ ? places_ : 0) * key_pitch_;
-      table_ = staged_ + kTileRows * key_pitch_;
-      memset(staged_, 0, (kTileRows * key_pitch_ + arguments.bias_entries) * sizeof(float));
-    }
+        band_(policy.window_rows().tiling(0), arguments.chunks.by_image ? pitch_ : 0),
+        bias_(policy.window_rows(), arguments.bias_entries, arguments.bias, buffers().bias),
+        weights_(policy.window_rows(), arguments.bias_entries, arguments.weights, buffers().weights) {
+    static thread_local Buffer lepe, neighbours;
     if (arguments.lepe) {
       zeros_ = lepe.reserve<float>((1 + 2 * places_ + kTaps) * pitch_);
       memset(zeros_, 0, pitch_ * sizeof(float));
       grad_output_ = zeros_ + pitch_;
       values_ = grad_output_ + places_ * pitch_;
-      weights_ = values_ + places_ * pitch_;
+      taps_ = values_ + places_ * pitch_;
       neighbours_ = neighbours.reserve<int32_t>((kTaps + 2) * places_);
       row_at_ = neighbours_ + kTaps * places_;
       value_row_ = row_at_ + places_;
@@ -65,17 +60,14 @@ class WindowSink {
 
   void begin(int64_t task) {
     const int64_t head = task / arguments_.chunks.chunks;
-    if (arguments_.bias && is_dense_) memset(dense_, 0, places_ * key_pitch_ * sizeof(float));
-    if (arguments_.bias) {
-      bias_ = arguments_.bias + task * arguments_.bias_entries;
-      for (int64_t i = 0; i < arguments_.bias_entries; ++i) bias_[i] = 0.0;
-    }
+    bias_.begin(task);
+    weights_.begin(task);
     if (arguments_.lepe) {
       lepe_ = arguments_.lepe + task * (kTaps + 1) * pitch_;
       for (int64_t i = 0; i < (kTaps + 1) * pitch_; ++i) lepe_[i] = 0.0;
       for (int64_t t = 0; t < kTaps; ++t)
         for (int64_t d = 0; d < head_dim_; ++d)
-          weights_[t * pitch_ + d] = arguments_.windows.lepe_weight[(head * kTaps + t) * head_dim_ + d];
+          taps_[t * pitch_ + d] = arguments_.windows.lepe_weight[(head * kTaps + t) * head_dim_ + d];
     }
   }
 
@@ -84,11 +76,8 @@ class WindowSink {
     const WindowRows& window = policy_.window_rows();
     tiling_ = &window.tiling(head < arguments_.attention.query.size[1] / 2 ? 0 : 1);
     rows_ = rows;
-    if (arguments_.bias) {
-      query_place_ = window.query_place();
-      all_keys_ = rows.keys == tiling_->keys();
-      sums_dense_ = is_dense_ && all_keys_;
-    }
+    bias_.enter(rows);
+    weights_.enter(rows);
     if (arguments_.lepe) {
       const Matrix grad_output = matrix_at(arguments_.attention.grad_output, batch, head, 0, 0, rows.query_tokens);
       const Matrix values = matrix_at(arguments_.attention.value, batch, head, 0, 0, rows.query_tokens);
@@ -98,39 +87,19 @@ class WindowSink {
     }
   }
 
-  // Where dLogit of a row is added, null without a bias. One past the last row adds zeros.
-  EFFATTN_INLINE float* row(int64_t row, int64_t staged_row) const {
-    if (!arguments_.bias) return nullptr;
-    return sums_dense_ ? dense_ + query_place_[smaller(row, rows_.queries - 1)] * key_pitch_
-                       : staged_ + staged_row * key_pitch_;
-  }
+  // Where dLogit and dW of a row are added, null without a table.
+  EFFATTN_INLINE float* row(int64_t row, int64_t staged_row) const { return bias_.row(row, staged_row); }
+  EFFATTN_INLINE float* weights_row(int64_t row, int64_t staged_row) const { return weights_.row(row, staged_row); }
 
   void fold(int64_t row, int64_t rows) {
-    if (!arguments_.bias || sums_dense_) return;
-    const WindowRows& window = policy_.window_rows();
-    const int64_t extent = tiling_->x.enlarged();
-    for (int64_t r = 0; r < rows; ++r) {
-      float* from = staged_ + r * key_pitch_;
-      float* to = table_ + window.query_bias()[row + r];
-      if (all_keys_) {
-        for (int64_t y = 0; y < tiling_->y.enlarged(); ++y, from += extent, to += tiling_->bias_columns())
-          for (int64_t x = 0; x < extent; x += kLanes) {
-            const int64_t live = extent - x;
-            store_partial(to + x, load_partial(to + x, live) + load_partial(from + x, live), live);
-          }
-      } else {
-        for (int64_t key = 0; key < rows_.keys; ++key) to[window.key_bias()[key]] += from[key];
-      }
-    }
-    memset(staged_, 0, kTileRows * key_pitch_ * sizeof(float));
+    bias_.fold(row, rows);
+    weights_.fold(row, rows);
   }
 
   // After the tiles of a window: what LePE adds to dV (rows of keys).
   void leave(float* grad_value) {
-    if (arguments_.bias && !sums_dense_) {
-      for (int64_t i = 0; i < arguments_.bias_entries; ++i) bias_[i] += table_[i];
-      memset(table_, 0, arguments_.bias_entries * sizeof(float));
-    }
+    bias_.leave();
+    weights_.leave();
     if (!arguments_.lepe) return;
     for (int64_t column = 0; column < pitch_; column += kLanes) {
       if (tiling_->x.size == 1)
@@ -153,19 +122,18 @@ class WindowSink {
   }
 
   void end() {
-    if (!arguments_.bias || !is_dense_ || !tiling_) return;
-    const int64_t columns = tiling_->bias_columns(), extent = tiling_->x.enlarged();
-    const float* from = dense_;
-    for (int64_t place = 0; place < tiling_->queries(); ++place, from += key_pitch_) {
-      double* to = bias_ + (tiling_->y.size - 1 - place / tiling_->x.size) * columns + tiling_->x.size - 1 -
-                   place % tiling_->x.size;
-      for (int64_t y = 0; y < tiling_->y.enlarged(); ++y)
-        for (int64_t x = 0; x < extent; ++x) to[y * columns + x] += from[y * extent + x];
-    }
+    bias_.end();
+    weights_.end();
   }
 
  private:
-  static constexpr int64_t kDenseFloats = 96 << 10;
+  struct Buffers {
+    Buffer bias, weights;
+  };
+  static Buffers& buffers() {
+    static thread_local Buffers buffers;
+    return buffers;
+  }
 
   // neighbours[row][t]: where the row at (place of the row) - t lies, that of zeros if the window has none there.
   void find_neighbours(const WindowRows& window) {
@@ -189,7 +157,7 @@ class WindowSink {
   template <int kFirst, int kStep, int kCount>
   __attribute__((noinline)) void convolve(float* grad_value, int64_t column) {
     Vec weight[kCount], sum[kCount] = {}, total = {};
-    EFFATTN_UNROLL for (int t = 0; t < kCount; ++t) weight[t] = load(weights_ + (kFirst + t * kStep) * pitch_ + column);
+    EFFATTN_UNROLL for (int t = 0; t < kCount; ++t) weight[t] = load(taps_ + (kFirst + t * kStep) * pitch_ + column);
     const float* rows = zeros_ + column;
     for (int64_t r = 0; r < rows_.queries; ++r) {
       const int32_t* at = neighbours_ + r * kTaps + kFirst;
@@ -215,22 +183,16 @@ class WindowSink {
 
   const Policy& policy_;
   const WindowSinkArguments& arguments_;
-  const int64_t head_dim_, pitch_, key_pitch_, places_;
-  const bool is_dense_;
+  const int64_t head_dim_, pitch_, places_;
   KeyBand band_;
-  bool all_keys_ = false, sums_dense_ = false;
+  WindowTableGradient bias_, weights_;
   IndexSet rows_;
   const WindowTiling* tiling_ = nullptr;
   const WindowTiling* neighbours_of_ = nullptr;
-  const int32_t* query_place_ = nullptr;
-  float* dense_ = nullptr;
-  float* staged_ = nullptr;
-  float* table_ = nullptr;
-  double* bias_ = nullptr;
   float* zeros_ = nullptr;  // one row; grad_output_ follows it
   float* grad_output_ = nullptr;
   float* values_ = nullptr;
-  float* weights_ = nullptr;
+  float* taps_ = nullptr;
   int32_t* neighbours_ = nullptr;
   int32_t* row_at_ = nullptr;
   int32_t* value_row_ = nullptr;
@@ -252,6 +214,8 @@ struct WindowReduction {
     const int64_t entries = sink.bias_entries, taps = (kTaps + 1) * pitch;
     for (int64_t i = 0; gradient.bias && i < entries; ++i)
       gradient.bias[head * entries + i] = sum(sink.bias, head, entries, i);
+    for (int64_t i = 0; gradient.weights && i < entries; ++i)
+      gradient.weights[head * entries + i] = sum(sink.weights, head, entries, i);
     for (int64_t t = 0; gradient.lepe_weight && t < kTaps; ++t)
       for (int64_t d = 0; d < columns; ++d)
         gradient.lepe_weight[(head * kTaps + t) * columns + d] = sum(sink.lepe, head, taps, t * pitch + d);

@@ -1,12 +1,12 @@
 // Attention inside the windows of a token grid (CSWin stripes, Swin, HAT) as a policy of the tile engine.
 //
-//   S = scale * Q K^T + bias[key - query] - 100 [region of query != region of key],   O = softmax(S) V + LePE(V)
+//   S = scale * Q K^T + bias[key - query] - 100 [region of query != region of key]
+//   O = softmax(S) V + LePE(V),   or (softmax(S) * weights[key - query]) V
 //   LePE(V)[p][d] = lepe_bias[d] + sum_t lepe_weight[t][d] V[p + t][d],   t: 3 x 3 neighbours inside the window
 //
 // A window is an index set (windows.h); nothing is partitioned. Everything is in log2 units.
 //
-//   bias      expanded per head from its table into (queries x keys) in key order, while that is small and the keys of
-//             the windows stay the same; a larger one per block of queries. A score costs one load, one multiply-add.
+//   tables    bias and weights, expanded (window_table.h): a score costs one load, one multiply-add
 //
 //   regions   only windows that the roll has mixed: one row of 0 and -100 per region, one load and add more
 //
@@ -14,18 +14,18 @@
 #pragma once
 
 #include "gemm.h"
-#include "windows.h"
+#include "window_table.h"
 
 namespace effattn::EFFATTN_ISA {
 
-template <bool kBias>
+template <bool kBias, bool kWeights>
 class WindowPolicy {
-  static constexpr int64_t kLargestTable = 1 << 16;  // floats of an expanded bias
   static constexpr int64_t kRegions = 9;
   static constexpr float kApart = -100.f * kLog2E;
 
  public:
   using Arguments = Windows;
+  static constexpr bool kReweighs = kWeights;
   static constexpr bool kAdds = true;
 
   WindowPolicy(const AttentionForward& attention, const Windows& windows)
@@ -36,12 +36,15 @@ class WindowPolicy {
         factor_(attention.scale * kLog2E),
         pitch_(round_up(rows_.largest().keys, kLanes)),
         places_(rows_.largest().queries),
-        staged_(places_ * pitch_ > kLargestTable) {
+        bias_(rows_, kLog2E, 0.f),
+        weights_(rows_, 1.f, 1.f) {
     static thread_local Buffer floats, neighbours;
-    const int64_t bias_rows = !kBias ? 0 : staged_ ? kQueryBlock : places_;
+    const int64_t bias = kBias ? bias_.floats() : 0, weights = kWeights ? weights_.floats() : 0;
     const int64_t lepe_pitch = windows.lepe_weight ? round_up(head_dim_, kLanes) : 0;
-    bias_ = floats.reserve<float>((bias_rows + kRegions + 1) * pitch_ + kTileColumns + 10 * lepe_pitch);
-    apart_ = bias_ + bias_rows * pitch_;
+    float* memory = floats.reserve<float>(bias + weights + (kRegions + 1) * pitch_ + kTileColumns + 10 * lepe_pitch);
+    bias_.place(memory);
+    weights_.place(memory + bias);
+    apart_ = memory + bias + weights;
     lepe_ = apart_ + (kRegions + 1) * pitch_ + kTileColumns;
     together_ = apart_ + kRegions * pitch_;
     for (int64_t i = 0; i < pitch_; ++i) together_[i] = 0.f;
@@ -65,7 +68,9 @@ class WindowPolicy {
     if (!other_window && head == head_) return set_;
     set_ = rows_.enter(side, window);
     const bool all_keys = set_.keys == rows_.tiling(side).keys();
-    if (kBias && !staged_) expand(side, head, all_keys ? -1 : window);
+    if constexpr (kBias) bias_.enter(windows_.bias + head * rows_.tiling(0).bias_entries(), head, window, set_);
+    if constexpr (kWeights)
+      weights_.enter(windows_.weights + head * rows_.tiling(0).bias_entries(), head, window, set_);
     if (other_window) separate_regions();
     if (windows_.lepe_weight) {
       if (head != head_) load_lepe(head);
@@ -83,12 +88,8 @@ class WindowPolicy {
   int64_t plain_keys(int64_t) const { return rows_.mixed() ? 0 : set_.keys; }
 
   void stage(int64_t row, int64_t rows, int64_t key, int64_t keys) {
-    if (!kBias || !staged_) return;
-    first_row_ = row;
-    const float* table = windows_.bias + head_ * rows_.tiling(0).bias_entries();
-    for (int64_t r = row; r < row + rows; ++r)
-      expand_row(bias_ + (r - row) * pitch_, table + rows_.query_bias()[r], key, keys);
-    last_row_ = row + rows - 1;
+    if constexpr (kBias) bias_.stage(row, rows, key, keys);
+    if constexpr (kWeights) weights_.stage(row, rows, key, keys);
   }
 
   template <bool kPlain>
@@ -108,14 +109,15 @@ class WindowPolicy {
     Tile<kPlain> tile;
     EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = smaller(row + r, set_.queries - 1);
-      if constexpr (kBias)
-        tile.bias[r] = bias_ + (staged_ ? smaller(at, last_row_) - first_row_ : rows_.query_place()[at]) * pitch_ + key;
+      if constexpr (kBias) tile.bias[r] = bias_.row(at) + key;
       if constexpr (!kPlain)
         tile.apart[r] = (rows_.mixed() ? apart_ + rows_.query_region()[at] * pitch_ : together_) + key;
     }
     tile.factor = factor_;
     return tile;
   }
+
+  EFFATTN_INLINE const float* multipliers(int64_t row) const { return weights_.row(smaller(row, set_.queries - 1)); }
 
   bool adds() const { return windows_.lepe_weight != nullptr; }
 
@@ -157,43 +159,6 @@ class WindowPolicy {
   }
 
  private:
-  // The bias of every pair of places, for windows with all keys (window -1) or one that lacks some.
-  void expand(int side, int64_t head, int64_t window) {
-    if (head == expanded_head_ && window == expanded_window_ && side == expanded_half_) return;
-    expanded_head_ = head;
-    expanded_window_ = window;
-    expanded_half_ = side;
-    const WindowTiling& tiling = rows_.tiling(side);
-    const float* table = windows_.bias + head * tiling.bias_entries();
-    if (window >= 0) {
-      for (int64_t r = 0; r < set_.queries; ++r)
-        expand_row(bias_ + rows_.query_place()[r] * pitch_, table + rows_.query_bias()[r], 0, set_.keys);
-      return;
-    }
-    for (int64_t y = 0; y < tiling.y.size; ++y)
-      for (int64_t x = 0; x < tiling.x.size; ++x)
-        expand_row(bias_ + (y * tiling.x.size + x) * pitch_,
-            table + (tiling.y.size - 1 - y) * tiling.bias_columns() + tiling.x.size - 1 - x, 0, set_.keys);
-  }
-
-  // The bias of keys [key, key + keys) for the query whose entries begin at `table`.
-  void expand_row(float* to, const float* table, int64_t key, int64_t keys) const {
-    const WindowTiling& tiling = rows_.tiling(0);  // a bias goes with one window for all heads
-    const int64_t end = key + keys, run = tiling.x.enlarged();
-    if (set_.keys == tiling.keys()) {
-      const float* from = table + key / run * tiling.bias_columns() + key % run;
-      for (int64_t j = key; j < end; from = table + j / run * tiling.bias_columns()) {
-        const int64_t count = smaller(run - j % run, end - j);
-        for (int64_t i = 0; i < count; i += kLanes)
-          store_partial(to + j + i, load_partial(from + i, count - i) * broadcast(kLog2E), count - i);
-        j += count;
-      }
-    } else {
-      for (int64_t j = key; j < end; ++j) to[j] = table[rows_.key_bias()[j]] * kLog2E;
-    }
-    for (int64_t j = end; j < round_up(end, kLanes); ++j) to[j] = 0.f;
-  }
-
   void separate_regions() {
     if (!rows_.mixed()) return;
     const int32_t* region = rows_.key_region();
@@ -234,12 +199,10 @@ class WindowPolicy {
   const int64_t heads_, head_dim_;
   const float factor_;
   const int64_t pitch_, places_;
-  const bool staged_;
+  WindowTable bias_, weights_;
   IndexSet set_;
-  int half_ = -1, neighbours_half_ = -1, expanded_half_ = -1;
-  int64_t head_ = -1, window_ = -1, expanded_head_ = -1, expanded_window_ = -1;
-  int64_t first_row_ = 0, last_row_ = 0;
-  float* bias_;      // [place of the query, or staged row][key]
+  int half_ = -1, neighbours_half_ = -1;
+  int64_t head_ = -1, window_ = -1;
   float* apart_;     // [region][key]
   float* together_;  // [key], zeros
   float* lepe_;      // 9 taps and the bias

@@ -1,6 +1,6 @@
 // Flash attention forward, one engine for every softmax family (policy.h).
 //
-//   S = transform(Q K^T),  O = softmax(S) V,  logsumexp_i = ln sum_j exp(S_ij)
+//   S = transform(Q K^T),  O = (softmax(S) [* W]) V,  logsumexp_i = ln sum_j exp(S_ij)
 //
 // A work item is one block of at most kQueryBlock = 48 queries of one problem (a head, or a window of it); a thread
 // walks a contiguous range of items and packs K and V whenever it meets another problem. Per item, over blocks of
@@ -232,7 +232,7 @@ class Forward {
         constexpr int kRows = group_rows.value;
         ahead_.step();
         alignas(64) float correction[kRows];
-        weigh_rows(r, kRows, count, key == 0, correction);
+        weigh_rows(row, r, kRows, key, count, correction);
         const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * score_pitch_);
         const int64_t weight_pitch = kPairs ? kWeightPitch : score_pitch_;
         const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
@@ -323,12 +323,22 @@ class Forward {
 
   // Scores of one row -> weights exp2(score - running max); returns what the row's earlier output has to be multiplied
   // with.
-  __attribute__((noinline)) void weigh_rows(int64_t r, int rows, int64_t count, bool first, float* correction) {
+  __attribute__((noinline)) void weigh_rows(
+      int64_t row, int64_t r, int rows, int64_t key, int64_t count, float* correction) {
 #pragma GCC unroll 1
-    for (int i = 0; i < rows; ++i) correction[i] = weigh_row(r + i, i, count, first);
+    for (int i = 0; i < rows; ++i) {
+      const float* multipliers = nullptr;
+      if constexpr (Policy::kReweighs) multipliers = policy_.multipliers(row + r + i) + key;
+      correction[i] = weigh_row(r + i, i, count, key == 0, multipliers);
+    }
   }
 
-  EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count, bool first) {
+  static EFFATTN_INLINE Vec reweighed(Vec weight, const float* multipliers) {
+    if constexpr (Policy::kReweighs) return weight * load(multipliers);
+    return weight;
+  }
+
+  EFFATTN_INLINE float weigh_row(int64_t r, int64_t row_in_group, int64_t count, bool first, const float* multipliers) {
     const float block_max = reduce_max(load(row_max_ + r * kLanes));
     const float old_max = first ? -INFINITY : running_max_[r];
     const float new_max = block_max > old_max ? block_max : old_max;
@@ -349,13 +359,13 @@ class Forward {
         const Vec high = exp2<Arithmetic::kExp2Degree>(load(scores + c + kLanes) - shift);
         sum[0] += low;
         sum[1] += high;
-        store_float(reinterpret_cast<bfloat16*>(weights) + c, low);
-        store_float(reinterpret_cast<bfloat16*>(weights) + c + kLanes, high);
+        store_float(reinterpret_cast<bfloat16*>(weights) + c, reweighed(low, multipliers + c));
+        store_float(reinterpret_cast<bfloat16*>(weights) + c + kLanes, reweighed(high, multipliers + c + kLanes));
       }
       if (c < padded) {
         const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
         sum[0] += low;
-        store_float(reinterpret_cast<bfloat16*>(weights) + c, low);
+        store_float(reinterpret_cast<bfloat16*>(weights) + c, reweighed(low, multipliers + c));
       }
     } else {
 #pragma GCC unroll 2
@@ -364,13 +374,13 @@ class Forward {
         const Vec high = exp2<Arithmetic::kExp2Degree>(load(scores + c + kLanes) - shift);
         sum[0] += low;
         sum[1] += high;
-        store(scores + c, low);
-        store(scores + c + kLanes, high);
+        store(scores + c, reweighed(low, multipliers + c));
+        store(scores + c + kLanes, reweighed(high, multipliers + c + kLanes));
       }
       if (c < padded) {
         const Vec low = exp2<Arithmetic::kExp2Degree>(load(scores + c) - shift);
         sum[0] += low;
-        store(scores + c, low);
+        store(scores + c, reweighed(low, multipliers + c));
       }
     }
     running_max_[r] = new_max;

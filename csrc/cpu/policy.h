@@ -1,9 +1,9 @@
 // What a family adds to the tile engine.
 //
 // The engine computes  logit = transform(query_i . key_j ; i, j)  in log2 units (it exponentiates with exp2), softmax
-// over the keys below key_limit(i), times value. Rows and keys are *logical* indices: a head is one or more independent
-// problems (windows), each with its own index set of tokens, and a policy may rotate the tokens of a whole sequence
-// (rotation()). Softmax does not mind the order of the keys.
+// over the keys below key_limit(i), perhaps times a multiplier of (i, j), times value. Rows and keys are *logical*
+// indices: a head is one or more independent problems (windows), each with its own index set of tokens, and a policy
+// may rotate the tokens of a whole sequence (rotation()). Softmax does not mind the order of the keys.
 //
 //   struct Policy {
 //     struct Arguments;  // the family's parameters, shared by all threads
@@ -43,6 +43,10 @@
 //     struct Tile { Vec transform(Vec score, int r, int v) const; };
 //       // Row + r, keys key + v * kLanes ...; r and v are compile-time constants in effect.
 //
+//     static constexpr bool kReweighs;  // multiplies the weights after the softmax, which is not normalised again,
+//     with const float* multipliers(int64_t row) const;
+//       // by key; at least those of the staged score block, whole vectors. The row may run past the last one: clamp.
+//
 //     static constexpr bool kAdds;  // what it adds to the output, where adds():
 //     void prepare_add<Arithmetic>(Word* values, int64_t pitch);
 //       // Before the first add of a problem: its values by pack_natural; one row more may be written behind them.
@@ -73,6 +77,7 @@ struct Problems {
 class WholeSequence {
  public:
   explicit WholeSequence(const AttentionForward& attention) : whole_{attention.query.size[2], attention.key.size[2]} {}
+  static constexpr bool kReweighs = false;
   static constexpr bool kAdds = false;
   template <class Arguments>
   static Problems problems(const AttentionForward& attention, const Arguments&, int64_t) {

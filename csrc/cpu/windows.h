@@ -2,7 +2,8 @@
 //
 // The grid is padded to whole windows (the smaller half before it), rolled by -shift and tiled. A window's queries are
 // its tokens inside the grid, its keys the positions of the window enlarged by `overlap` on each side. Positions
-// outside the grid are zero keys, or no keys at all with mask_padding.
+// outside the grid are zero keys, or no keys at all with mask_padding. Prefix tokens, where one window is the grid,
+// come last in it.
 #pragma once
 
 #include "policy.h"
@@ -36,15 +37,23 @@ struct WindowAxis {
 
 struct WindowTiling {
   WindowAxis y, x;
+  int64_t prefix;
 
   WindowTiling(const Windows& windows, int half)
       : y(windows.grid_h, windows.window_h[half], windows.shift_h, windows.overlap_h),
-        x(windows.grid_w, windows.window_w[half], windows.shift_w, windows.overlap_w) {}
+        x(windows.grid_w, windows.window_w[half], windows.shift_w, windows.overlap_w),
+        prefix(windows.num_prefix_tokens) {}
   int64_t windows() const { return y.windows() * x.windows(); }
-  int64_t queries() const { return y.size * x.size; }
-  int64_t keys() const { return y.enlarged() * x.enlarged(); }
+  int64_t grid_keys() const { return y.enlarged() * x.enlarged(); }
+  int64_t queries() const { return y.size * x.size + prefix; }
+  int64_t keys() const { return grid_keys() + prefix; }
   int64_t bias_columns() const { return x.size + x.enlarged() - 1; }
   int64_t bias_entries() const { return (y.size + y.enlarged() - 1) * bias_columns(); }
+  // Where the entries of the query at a place begin in the bias table; -1 for a prefix token.
+  int64_t first_entry(int64_t place) const {
+    if (place >= y.size * x.size) return -1;
+    return (y.size - 1 - place / x.size) * bias_columns() + x.size - 1 - place % x.size;
+  }
 };
 
 // The rows of one window at a time.
@@ -74,7 +83,7 @@ class WindowRows {
     half_ = half;
     window_ = window;
     const WindowAxis &y = tilings_[half].y, &x = tilings_[half].x;
-    const int64_t columns = tilings_[half].bias_columns();
+    const int64_t columns = tilings_[half].bias_columns(), prefix = tilings_[half].prefix;
     const int64_t top = window / x.windows() * y.size, left = window % x.windows() * x.size;
     int64_t queries = 0, keys = 0, place = 0;
     for (int64_t i = 0; i < y.enlarged(); ++i) {
@@ -85,7 +94,7 @@ class WindowRows {
         const bool listed = inside || !mask_padding_;
         key_at_[place] = listed ? static_cast<int32_t>(keys) : -1;
         if (!listed) continue;
-        key_tokens_[keys] = inside ? row * x.extent + column : kZeroToken;
+        key_tokens_[keys] = inside ? prefix + row * x.extent + column : kZeroToken;
         key_bias_[keys] = static_cast<int32_t>(i * columns + j);
         key_region_[keys++] = 3 * y.region(top + i) + x.region(left + j);
       }
@@ -95,11 +104,16 @@ class WindowRows {
       for (int64_t j = 0; j < x.size; ++j) {
         const int64_t column = x.coordinate(left + j);
         if (row < 0 || column < 0) continue;
-        query_tokens_[queries] = row * x.extent + column;
+        query_tokens_[queries] = prefix + row * x.extent + column;
         query_place_[queries] = static_cast<int32_t>(i * x.size + j);
-        query_bias_[queries] = static_cast<int32_t>((y.size - 1 - i) * columns + x.size - 1 - j);
+        query_bias_[queries] = static_cast<int32_t>(tilings_[half].first_entry(i * x.size + j));
         query_region_[queries++] = 3 * y.region(top + i) + x.region(left + j);
       }
+    }
+    for (int64_t token = 0; token < prefix; ++token) {
+      key_tokens_[keys++] = query_tokens_[queries] = token;
+      query_place_[queries] = static_cast<int32_t>(queries);
+      query_bias_[queries++] = -1;
     }
     mixed_ = (y.shift > 0 && top + y.size == y.padded) || (x.shift > 0 && left + x.size == x.padded);
     rows_ = {queries, keys, query_tokens_, key_tokens_};
@@ -112,7 +126,7 @@ class WindowRows {
   const int32_t* query_place() const { return query_place_; }    // y * width + x in the window
   const int32_t* key_at() const { return key_at_; }              // key at a place of the enlarged window, or -1
   const int32_t* query_bias() const { return query_bias_; }      // query_bias[i] + key_bias[j]: entry of the bias
-  const int32_t* key_bias() const { return key_bias_; }          //   table of the head
+  const int32_t* key_bias() const { return key_bias_; }          //   table of the head; -1 for a prefix token
   const int32_t* query_region() const { return query_region_; }  // tokens of different regions are kept apart
   const int32_t* key_region() const { return key_region_; }      // readable up to a whole tile
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Operator
-from .._registry import REFERENCE, Problem, choose, register
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register
 from ..reference.retention import decay_logits
 from .cross_shaped_window import window
 from .retention import check_decay
@@ -37,7 +37,7 @@ local_enhancement = Operator(
 weight: (H, D, size * size), tap (y, x) at y * size + x; bias: (H, D); contiguous float32.
 """
 
-register("manhattan_attention", (REFERENCE,))
+register("manhattan_attention", (Backend("cpu", cpu_kernel), REFERENCE))
 
 
 def manhattan_attention(
@@ -120,7 +120,7 @@ def manhattan_attention(
     def attend(value: Tensor, size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
         whole = (height, width)
         if not height * width:  # prefix tokens only, all of them at distance 0
-            whole, size, num_prefix_tokens = (num_prefix_tokens, 1), (num_prefix_tokens, 1), 0
+            whole, size, num_prefix_tokens = (num_prefix_tokens, 1), (max(num_prefix_tokens, 1), 1), 0
             table = _table(log_decay, size, decay, 0)
         else:
             table = _table(log_decay, size, decay, 1)

@@ -116,10 +116,13 @@ struct Shape {
   Layout layout;
 };
 
-// logit = scale * q.k * multiplier(b, h, i, j) + bias(b, h, i, j)
-template <class Multiplier, class Bias, class RunForward, class RunBackward>
+const auto one = [](auto...) { return 1.0; };
+const auto zero = [](auto...) { return 0.0; };
+
+// logit = scale * q.k * multiplier(b, h, i, j) + bias(b, h, i, j); its softmax times weight(b, h, i, j).
+template <class Multiplier, class Bias, class RunForward, class RunBackward, class Weight = decltype(one)>
 void compare(const char* name, DType dtype, const Shape& s, const Multiplier& multiplier, const Bias& bias,
-    const RunForward& run_forward, const RunBackward& run_backward) {
+    const RunForward& run_forward, const RunBackward& run_backward, const Weight& weight = one) {
   const std::vector<int64_t> query_size = {s.batch, s.heads * s.group, s.queries, s.head_dim},
                              key_size = {s.batch, s.heads, s.keys, s.head_dim};
   const HeapTensor query(dtype, query_size, s.layout), key(dtype, key_size, s.layout), value(dtype, key_size, s.layout),
@@ -159,7 +162,7 @@ void compare(const char* name, DType dtype, const Shape& s, const Multiplier& mu
           for (double& x : p) sum += x = top == -INFINITY ? 0.0 : exp(x - top);
           for (double& x : p) x = sum > 0 ? x / sum : 0.0;
           for (int64_t j = 0; j < s.keys; ++j)
-            for (int64_t d = 0; d < D; ++d) o[d] += p[j] * value.at(b, kv, j, d);
+            for (int64_t d = 0; d < D; ++d) o[d] += p[j] * weight(b, h, i, j) * value.at(b, kv, j, d);
           for (int64_t d = 0; d < D; ++d)
             note(0, output.at(b, h, i, d), o[d]), delta += o[d] * grad_output.at(b, h, i, d);
           const float got = logsumexp[(b * s.heads * s.group + h) * s.queries + i];
@@ -168,11 +171,11 @@ void compare(const char* name, DType dtype, const Shape& s, const Multiplier& mu
           for (int64_t j = 0; j < s.keys; ++j) {
             double dp = 0;
             for (int64_t d = 0; d < D; ++d) dp += grad_output.at(b, h, i, d) * value.at(b, kv, j, d);
-            const double ds = p[j] * (dp - delta) * scale * multiplier(b, h, i, j);
+            const double w = weight(b, h, i, j), ds = p[j] * (dp * w - delta) * scale * multiplier(b, h, i, j);
             for (int64_t d = 0; d < D; ++d) {
               dq[d] += ds * key.at(b, kv, j, d);
               dk[j * D + d] += ds * query.at(b, h, i, d);
-              dv[j * D + d] += p[j] * grad_output.at(b, h, i, d);
+              dv[j * D + d] += p[j] * w * grad_output.at(b, h, i, d);
             }
           }
           for (int64_t d = 0; d < D; ++d) note(1, grad_query.at(b, h, i, d), dq[d]);
@@ -192,9 +195,6 @@ void compare(const char* name, DType dtype, const Shape& s, const Multiplier& mu
           which, worst[which], largest[which]);
     }
 }
-
-const auto one = [](auto...) { return 1.0; };
-const auto zero = [](auto...) { return 0.0; };
 
 void gaussian_mixture(
     DType dtype, int64_t grid_h, int64_t grid_w, int64_t prefix, int64_t gaussians, int64_t head_dim, Layout layout) {
@@ -407,6 +407,7 @@ void everything(DType dtype) {
   shift_add_attention(dtype, 470, 16, 5, Binarize::kPerHead, Layout::kContiguous);
 }
 
+#include "local_enhancement_kernels.h"
 #include "window_kernels.h"
 
 }  // namespace

@@ -73,6 +73,29 @@ void shifted_windows(DType dtype, int64_t h, int64_t w, int64_t wh, int64_t ww, 
   expect_finite("bias gradient", gradient.bias.get(), gradient.entries);
 }
 
+// One window that is the grid, behind prefix tokens, with a bias or weights.
+void whole_grid(DType dtype, int64_t h, int64_t w, int64_t prefix, bool weighs, int64_t head_dim, Layout layout) {
+  const int64_t heads = 2, tokens = prefix + h * w;
+  Windows windows = {h, w, {h, h}, {w, w}, 0, 0, 0, 0, false, nullptr, nullptr, nullptr, nullptr, prefix};
+  const WindowParameters parameters = window_parameters(windows, heads, head_dim, false),
+                         gradient = window_parameters(windows, heads, head_dim, true);
+  (weighs ? windows.weights : windows.bias) = parameters.bias.get();
+  const WindowsGrad into = {
+      weighs ? nullptr : gradient.bias.get(), nullptr, nullptr, weighs ? gradient.bias.get() : nullptr};
+  const auto entry = [&](int64_t head, int64_t i, int64_t j, double neutral) {
+    if (i < prefix || j < prefix) return neutral;
+    const int64_t dy = (j - prefix) / w - (i - prefix) / w + h - 1, dx = (j - prefix) % w - (i - prefix) % w + w - 1;
+    return static_cast<double>(parameters.bias[(head * (2 * h - 1) + dy) * (2 * w - 1) + dx]);
+  };
+  compare(
+      "whole grid", dtype, {2, heads, 1, tokens, tokens, head_dim, false, layout}, one,
+      [&](int64_t, int64_t head, int64_t i, int64_t j) { return weighs ? 0.0 : entry(head, i, j, 0.0); },
+      [&](const AttentionForward& a) { kernels_under_test.window_forward(a, windows, kRuntime); },
+      [&](const AttentionBackward& a) { kernels_under_test.window_backward(a, windows, into, kRuntime); },
+      [&](int64_t, int64_t head, int64_t i, int64_t j) { return weighs ? entry(head, i, j, 1.0) : 1.0; });
+  expect_finite("table gradient", gradient.bias.get(), gradient.entries);
+}
+
 void any_windows(DType dtype, Windows windows, int64_t head_dim, bool bias, bool lepe, Layout layout) {
   const int64_t heads = 3;
   const std::vector<int64_t> size = {2, heads, windows.grid_h * windows.grid_w, head_dim};
@@ -114,11 +137,15 @@ void window_kernels(DType dtype) {
     shifted_windows(dtype, 5, 9, 3, 4, 1, 2, head_dim, layout);
     shifted_windows(dtype, 1, 1, 1, 1, 0, 0, head_dim, layout);
     shifted_windows(dtype, 3, 5, 4, 7, 3, 6, head_dim, layout);
+    whole_grid(dtype, 4, 5, turn % 4, turn % 2 == 0, head_dim, layout);
+    whole_grid(dtype, 1 + turn, 7, 0, true, head_dim, layout);
     any_windows(dtype, {6, 10, {6, 1}, {1, 10}, 0, 0, 0, 0, false}, head_dim, false, true, layout);
     any_windows(dtype, {9, 5, {9, 2}, {2, 5}, 0, 0, 0, 0, turn % 2 == 0}, head_dim, false, true, layout);
     any_windows(dtype, {8, 7, {4, 4}, {4, 4}, 0, 0, 2, 1, turn % 2 == 0}, head_dim, true, false, layout);
   }
   shifted_windows(dtype, 17, 20, 16, 18, 3, 5, 16, Layout::kHeadsInside);  // several key blocks
+  whole_grid(dtype, 19, 16, 3, true, 16, Layout::kContiguous);
+  whole_grid(dtype, 13, 24, 0, false, 16, Layout::kHeadsInside);
   any_windows(dtype, {16, 16, {16, 16}, {16, 16}, 0, 0, 4, 4, false}, 30, true, false, Layout::kContiguous);
   any_windows(dtype, {0, 3, {0, 1}, {1, 3}, 0, 0, 0, 0, false}, 8, false, true, Layout::kContiguous);
 }
