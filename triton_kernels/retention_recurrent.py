@@ -12,7 +12,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .retention_scan import bounds_of, change, state_pointers
+from .retention_scan import bounds_of, change, load_decay, state_pointers
 from .shift_add_rows import head_of
 from .tiles import narrow
 
@@ -49,7 +49,7 @@ def recurrent(
     TILES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     tile, s, h = head_of(tl.program_id(0), TILES, num_heads)
     b, first, length = bounds_of(bounds, s, num_tokens)
-    shrink = change(tl.load(log_decay + h), 1)
+    shrink = change(load_decay(log_decay, h), 1)
     i = tl.arange(0, BLOCK_K)
     j = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (i < KEY_DIM)[:, None] & (j < VALUE_DIM)[None, :]

@@ -38,15 +38,21 @@ Strides = namedtuple("Strides", "query key value partner addend output entering 
 
 
 @triton.jit
-def power(log2_decay, n):
-    """gamma^n; 1 at n = 0 also where gamma is 0."""
-    return tl.exp2(tl.where(n == 0, 0.0, log2_decay * n))
+def load_decay(log_decay, h):
+    """log gamma, finite: below -200 every power but the first is 0 in fp32 anyway."""
+    return tl.maximum(tl.load(log_decay + h), -200.0)
 
 
 @triton.jit
-def change(log_decay, n):
+def power(decay, n):
+    """gamma^n"""
+    return tl.exp2(decay * LOG2E * n)
+
+
+@triton.jit
+def change(decay, n):
     """gamma^n - 1, which fp32 would lose where gamma is near 1."""
-    return (tl.exp(tl.where(n == 0, 0.0, log_decay.to(tl.float64) * n)) - 1.0).to(tl.float32)
+    return (tl.exp(decay.to(tl.float64) * n) - 1.0).to(tl.float32)
 
 
 @triton.jit
@@ -110,15 +116,13 @@ def scan(
     column = tile * BLOCK_V
     b, first, length = bounds_of(bounds, s, num_tokens)
     chunks = tl.cdiv(length, chunk)
-    decay = tl.load(log_decay + h)
+    decay = load_decay(log_decay, h)
     full = change(decay, chunk)
     rest = change(decay, length - (chunks - 1) * chunk)
 
     i = tl.arange(0, CHUNK)
-    distance = i[:, None] - i[None, :]
-    if REVERSED:
-        distance = -distance
-    weights = tl.where(distance >= (1 if STRICT else 0), power(decay * LOG2E, tl.maximum(distance, 0)), 0.0)
+    distance = i[None, :] - i[:, None] if REVERSED else i[:, None] - i[None, :]
+    related = distance >= (1 if STRICT else 0)
     state_rows = tl.arange(0, BLOCK_K)
     state_columns = column + tl.arange(0, BLOCK_V)
     inside = (state_rows < KEY_DIM)[:, None] & (state_columns < VALUE_DIM)[None, :]
@@ -130,7 +134,7 @@ def scan(
     lag = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     total = tl.zeros((CHUNK,), tl.float64)
 
-    for step in range(chunks):
+    for step in tl.range(chunks, disable_licm=True):  # invariant tiles would cost more registers than time
         start = (chunks - 1 - step if REVERSED else step) * chunk
         count = tl.minimum(length - start, chunk)
         valid = i < count
@@ -143,25 +147,28 @@ def scan(
             factor *= tl.load(row_scale + (b * num_heads + h) * num_tokens + rows, mask=valid, other=0.0)
         to_end = tl.maximum(count - 1 - i, 0)
         exponent = to_end if REVERSED else i + 1
-        read = power(decay * LOG2E, exponent)
-        update = power(decay * LOG2E, i + 1 if REVERSED else to_end)
-        scores = matmul(q, tl.trans(k), None, PRECISION) * weights
+        read = power(decay, exponent)
+        update = power(decay, i + 1 if REVERSED else to_end)
+        weights = tl.where(related, power(decay, tl.maximum(distance, 0)), 0.0)
         if SCALES_COLUMNS:
-            scores *= factor[None, :]
+            weights *= factor[None, :]
             update *= factor
         else:
-            scores *= factor[:, None]
+            weights *= factor[:, None]
             read *= factor
-        result = read_state(q, state, PRECISION) * read[:, None]
+        scores = matmul(q, tl.trans(k), None, PRECISION) * weights
         if MEASURE != NOTHING:
             p = load_tile(partner, strides.partner, b, h, rows, valid, column, VALUE_DIM, BLOCK_V)
-            measured = result * exponent.to(tl.float32)[:, None]
-            if MEASURE == EVERYTHING:
-                measured += read_state(q, lag, PRECISION) * read[:, None]
-                inner = matmul(p, tl.trans(v), None, PRECISION) * scores * distance.to(tl.float32)
-                total += tl.sum(inner, 1).to(tl.float64)
-            total += tl.sum(measured * p.to(tl.float32), 1).to(tl.float64)
-        result = matmul(narrow(scores, v.dtype), v, result, PRECISION)
+        if MEASURE == EVERYTHING:
+            inner = matmul(p, tl.trans(v), None, PRECISION) * scores
+            total += tl.sum(inner * distance.to(tl.float32), 1).to(tl.float64)
+            travelled = tl.sum(read_state(q, lag, PRECISION) * p.to(tl.float32), 1) * read
+            total += travelled.to(tl.float64)
+        scores = narrow(scores, v.dtype)
+        result = read_state(q, state, PRECISION) * read[:, None]
+        if MEASURE != NOTHING:
+            total += (tl.sum(result * p.to(tl.float32), 1) * exponent.to(tl.float32)).to(tl.float64)
+        result = matmul(scores, v, result, PRECISION)
         if addend is not None:
             result += load_tile(addend, strides.addend, b, h, rows, valid, column, VALUE_DIM, BLOCK_V)
         tl.store(
