@@ -121,8 +121,6 @@ def scan(
     rest = change(decay, length - (chunks - 1) * chunk)
 
     i = tl.arange(0, CHUNK)
-    distance = i[None, :] - i[:, None] if REVERSED else i[:, None] - i[None, :]
-    related = distance >= (1 if STRICT else 0)
     state_rows = tl.arange(0, BLOCK_K)
     state_columns = column + tl.arange(0, BLOCK_V)
     inside = (state_rows < KEY_DIM)[:, None] & (state_columns < VALUE_DIM)[None, :]
@@ -134,7 +132,7 @@ def scan(
     lag = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     total = tl.zeros((CHUNK,), tl.float64)
 
-    for step in tl.range(chunks, disable_licm=True):  # invariant tiles would cost more registers than time
+    for step in tl.range(chunks, disable_licm=True):  # an invariant tile would be kept in registers
         start = (chunks - 1 - step if REVERSED else step) * chunk
         count = tl.minimum(length - start, chunk)
         valid = i < count
@@ -149,7 +147,9 @@ def scan(
         exponent = to_end if REVERSED else i + 1
         read = power(decay, exponent)
         update = power(decay, i + 1 if REVERSED else to_end)
-        weights = tl.where(related, power(decay, tl.maximum(distance, 0)), 0.0)
+        # of to_end, not of i, which is invariant too
+        distance = to_end[:, None] - to_end[None, :] if REVERSED else to_end[None, :] - to_end[:, None]
+        weights = tl.where(distance >= (1 if STRICT else 0), power(decay, tl.maximum(distance, 0)), 0.0)
         if SCALES_COLUMNS:
             weights *= factor[None, :]
             update *= factor
