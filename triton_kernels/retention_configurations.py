@@ -23,7 +23,7 @@ class Configuration(NamedTuple):
 C = Configuration
 _HALF = (C(64, 64, 4, 2), C(64, 64, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 1))
 _SINGLE = (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1))
-_INTERPRETED = C(16, 16, 4, 1)
+_INTERPRETED = C(16, 64, 4, 1)  # few programs, since each costs milliseconds, yet more than one chunk
 
 
 def scan(query, value_dim, chunk, measures):

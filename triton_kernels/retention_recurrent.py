@@ -12,7 +12,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .retention_scan import bounds_of, change, load_decay, state_pointers
+from .retention_scan import bounds_of, load_decay, split_power, state_pointers
 from .shift_add_rows import head_of
 from .tiles import narrow
 
@@ -49,7 +49,7 @@ def recurrent(
     TILES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     tile, s, h = head_of(tl.program_id(0), TILES, num_heads)
     b, first, length = bounds_of(bounds, s, num_tokens)
-    shrink = change(load_decay(log_decay, h), 1)
+    whole, part = split_power(load_decay(log_decay, h), 1)
     i = tl.arange(0, BLOCK_K)
     j = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (i < KEY_DIM)[:, None] & (j < VALUE_DIM)[None, :]
@@ -64,7 +64,7 @@ def recurrent(
         factor = scale
         if row_scale is not None:
             factor *= tl.load(row_scale + (b * num_heads + h) * num_tokens + row)
-        state += shrink * state + k[:, None] * v[None, :]
+        state = whole * state + (part * state + k[:, None] * v[None, :])
         o = tl.sum(q[:, None] * state, 0) * factor
         pointers = output + b * strides.output[0] + h * strides.output[1]
         pointers += row.to(tl.int64) * strides.output[2] + j.to(tl.int64) * strides.output[3]

@@ -50,9 +50,11 @@ def power(decay, n):
 
 
 @triton.jit
-def change(decay, n):
-    """gamma^n - 1, which fp32 would lose where gamma is near 1."""
-    return (tl.exp(decay.to(tl.float64) * n) - 1.0).to(tl.float32)
+def split_power(decay, n):
+    """(1, gamma^n - 1), or (0, gamma^n) where that is the smaller: near 1 an fp32 power would round alike in every chunk."""
+    exact = tl.exp(decay.to(tl.float64) * n)
+    whole = tl.where(exact > 0.5, 1.0, 0.0)
+    return whole, (exact - whole).to(tl.float32)
 
 
 @triton.jit
@@ -117,8 +119,8 @@ def scan(
     b, first, length = bounds_of(bounds, s, num_tokens)
     chunks = tl.cdiv(length, chunk)
     decay = load_decay(log_decay, h)
-    full = change(decay, chunk)
-    rest = change(decay, length - (chunks - 1) * chunk)
+    whole, part = split_power(decay, chunk)
+    last_whole, last_part = split_power(decay, length - (chunks - 1) * chunk)
 
     i = tl.arange(0, CHUNK)
     state_rows = tl.arange(0, BLOCK_K)
@@ -176,16 +178,16 @@ def scan(
             narrow(result, output.dtype.element_ty),
             mask=valid[:, None] & (state_columns < VALUE_DIM)[None, :],
         )
-        shrink = tl.where(count == chunk, full, rest)
+        w = tl.where(count == chunk, whole, last_whole)
+        e = tl.where(count == chunk, part, last_part)
         if MEASURE == EVERYTHING:
             lag += count.to(tl.float32) * state
-            lag += shrink * lag
-        kept = shrink * state
+            lag = w * lag + e * lag
         moved = narrow(v.to(tl.float32) * update[:, None], v.dtype)
-        if v.dtype == tl.float32:  # whose rounding must not hide what a decay near 1 takes
-            state += matmul(tl.trans(k), moved, kept, PRECISION)
+        if v.dtype == tl.float32:
+            state = w * state + matmul(tl.trans(k), moved, e * state, PRECISION)
         else:
-            state = matmul(tl.trans(k), moved, state + kept, PRECISION)
+            state = matmul(tl.trans(k), moved, w * state + e * state, PRECISION)
 
     if leaving is not None:
         tl.store(state_pointers(leaving, strides.leaving, s, h, state_rows, state_columns), state, mask=inside)
