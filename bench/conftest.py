@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
+
 from effattn.bench.cases import BACKWARD, FORWARD
 from effattn.bench.runner import TOLERANCE, prepare, warm_up
 

@@ -5,10 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from effattn.triton_kernels import cross_shaped_window as windows
-
 import effattn
 from effattn import reference
+from effattn.triton_kernels import cross_shaped_window as windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -232,7 +231,7 @@ def test_offsets_past_two_to_the_31_elements(tmp_path, monkeypatch):
         results = []
         for query, key, value, grad_output in (far, near):
             tensors = (query, key, value, bias, weight, None)
-            options = (2, 2, 2, 2, 2, 2, 0, 0, 0, 0, False, 0.25)
+            options = (2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, False, False, 0.25)
             saved = windows.window_fwd(*tensors, *options)
             results.append((*saved, *windows.window_bwd(grad_output, *tensors, *saved, *options)))
         for got, expected in zip(*results):

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, shift_add
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, shift_add
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,7 +91,7 @@ def _run_windows(operation, dtype, head_dim):
     weight = make(heads, 9, head_dim, dtype=torch.float32) if has_lepe else None
     lepe_bias = make(heads, head_dim, dtype=torch.float32) if has_lepe else None
     tensors = (query, key, value, bias, weight, lepe_bias)
-    options = (grid, grid, *window, *second, shift, shift, overlap, overlap, mask_padding, head_dim**-0.5)
+    options = (grid, grid, *window, *second, shift, shift, overlap, overlap, 0, mask_padding, False, head_dim**-0.5)
     saved = cross_shaped_window.window_fwd(*tensors, *options)
     cross_shaped_window.window_bwd(grad_output, *tensors, *saved, *options)
 

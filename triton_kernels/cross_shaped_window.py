@@ -43,8 +43,11 @@ from . import cross_shaped_window_gradients as gradients
 from . import engine
 from .cross_shaped_window_tiles import (
     Geometry,
+    Prefix,
     bias_centre,
+    bias_code,
     bias_columns,
+    bias_entries,
     convolve,
     head_at,
     load_rows,
@@ -53,6 +56,7 @@ from .cross_shaped_window_tiles import (
     shared_term,
     store_rows,
     token_at,
+    weigh,
 )
 from .tiles import LN2, LOG2E, matmul, narrow
 
@@ -60,12 +64,12 @@ ForwardStrides = namedtuple("ForwardStrides", "query key value output")
 
 
 @triton.jit
-def softmax_step(accumulator, maximum, total, logits, v, PRECISION: tl.constexpr):
+def softmax_step(accumulator, maximum, total, logits, entries, v, WEIGHS: tl.constexpr, PRECISION: tl.constexpr):
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     p = tl.exp2(logits - anchor[:, None])
     decay = tl.exp2(maximum - anchor)
-    accumulator = matmul(narrow(p, v.dtype), v, accumulator * decay[:, None], PRECISION)
+    accumulator = matmul(narrow(weigh(p, entries, WEIGHS), v.dtype), v, accumulator * decay[:, None], PRECISION)
     return accumulator, new_maximum, total * decay + tl.sum(p, 1)
 
 
@@ -88,6 +92,7 @@ def window_forward(
     ONE_TILE: tl.constexpr,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,13 +109,14 @@ def window_forward(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     ly = i // width
     lx = i % width
-    i_code = tl.where(i < height * width, ly * table_columns + lx, 0)
+    i_code = bias_code(ly, lx, i < height * width, table_columns, geometry)
     j = tl.arange(0, BLOCK_N)
     ky = j // key_width
     kx = j % key_width
     if ONE_TILE:
-        j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-        shared = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+        j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+        entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+        shared = shared_term(entries, (j < keys)[None, :], WEIGHS)
     for member in range(chunk * share, tl.minimum(chunk * share + share, batch * rows * columns)):
         b = (member // (rows * columns)).to(tl.int64)
         corner_y = member // columns % rows * height
@@ -134,7 +140,7 @@ def window_forward(
             maximum = tl.max(logits, 1)
             p = tl.exp2(logits - maximum[:, None])
             total = tl.sum(p, 1)
-            accumulator = matmul(narrow(p, v.dtype), v, None, PRECISION)
+            accumulator = matmul(narrow(weigh(p, entries, WEIGHS), v.dtype), v, None, PRECISION)
         else:
             accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -147,13 +153,16 @@ def window_forward(
                     corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
                 )
                 j_valid = j_inside & (j < keys)
-                j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-                term = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+                j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+                weights = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+                term = shared_term(weights, (j < keys)[None, :], WEIGHS)
                 term = own_term(term, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
                 k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
                 v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
                 logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
-                accumulator, maximum, total = softmax_step(accumulator, maximum, total, logits, v, PRECISION)
+                accumulator, maximum, total = softmax_step(
+                    accumulator, maximum, total, logits, weights, v, WEIGHS, PRECISION
+                )
         # in fp64, so that lse is rounded once
         lse = ((maximum.to(tl.float64) + tl.log2(total)) * LN2).to(tl.float32)
         row = logsumexp + (b * num_heads + h) * geometry.grid_h * geometry.grid_w
@@ -205,13 +214,23 @@ def _keys(geometry):
     )
 
 
-def _unit(*tensors):
+def unit_of(*tensors):
     """The largest power of two, up to 16 bytes, that divides every stride but that of head_dim."""
     strides = (stride for t in tensors for stride, size in zip(t.stride()[:3], t.shape) if size > 1)
     return math.gcd(16 // tensors[0].element_size(), *strides)
 
 
-def _options(query, geometry, mask_padding):
+def _geometry(grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w, prefix):
+    """With prefix tokens the one window, which is the grid, becomes one row of all tokens."""
+    if not prefix:
+        return Geometry(
+            *(grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w)
+        )
+    tokens = prefix + grid_h * grid_w
+    return Geometry(*(1, tokens) * 3, 0, 0, 0, 0, Prefix(prefix, grid_h, grid_w))
+
+
+def _options(query, bias, geometry, mask_padding, bias_weighs):
     """mask_padding is only worth a mask where there is padding."""
     padded = geometry.overlap_h + geometry.overlap_w > 0 or any(
         slots * windows > query.shape[2] for slots, windows in _windows(geometry)
@@ -219,6 +238,7 @@ def _options(query, geometry, mask_padding):
     return {
         "SHIFTED": geometry.shift_h + geometry.shift_w > 0,
         "MASKED": mask_padding and padded,
+        "WEIGHS": bias_weighs and bias is not None,
         "HEAD_DIM": query.shape[3],
         "BLOCK_D": table.block_d(query.shape[3]),
         "PRECISION": table.precision(query),
@@ -237,18 +257,16 @@ def _blocks(config):
 
 def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
     """(output, logsumexp)"""
-    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
-    if num_prefix_tokens or bias_weighs:
-        raise NotImplementedError
-    geometry = Geometry(*geometry)
+    *geometry, mask_padding, bias_weighs, scale = options
+    geometry = _geometry(*geometry)
     batch, heads, tokens, _ = query.shape
     output = torch.empty_like(query)
     logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
     if query.numel() == 0:
         return output, logsumexp
-    options = _options(query, geometry, mask_padding)
+    options = _options(query, bias, geometry, mask_padding, bias_weighs)
     slots = max(slots for slots, _ in _windows(geometry))
-    unit = _unit(query, key, value, output)
+    unit = unit_of(query, key, value, output)
     config = tuned.forward(query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
     one_tile = _keys(geometry) <= config.block_n
     share = _share(geometry, batch, heads, config.block_m) if one_tile else 1
@@ -316,7 +334,7 @@ def _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale):
         HEAD_DIM=query.shape[3],
         BLOCK=config.block_m,
         BLOCK_D=table.block_d(query.shape[3]),
-        UNIT=_unit(*inputs, *grads[:3]),
+        UNIT=unit_of(*inputs, *grads[:3]),
         PRECISION=table.precision(query),
     )
 
@@ -327,7 +345,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     batch, heads = query.shape[:2]
     strides = gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3])))
     scales = (scale * LOG2E.value, scale)
-    unit = _unit(*inputs, *grads[:3])
+    unit = unit_of(*inputs, *grads[:3])
     lean = _lean(bias, geometry, options)
     config = tuned.tile("window_key_value_gradient", query, lean, unit)
     table.launch(
@@ -376,7 +394,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
         _reduce_bias(partial, grads[3], geometry, first)
 
 
-def _sum(partial, destination):
+def sum_over_chunks(partial, destination):
     count, size = partial.shape[0], destination.numel()
     table.launch(
         gradients.sum_partials,
@@ -392,7 +410,7 @@ def _sum(partial, destination):
 def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry):
     """grad_lepe_weight and grad_lepe_bias; fills delta, where given, with that of the softmax part."""
     batch, heads, tokens, head_dim = value.shape
-    unit = _unit(output, value, grad_output)
+    unit = unit_of(output, value, grad_output)
     config = tuned.lepe(value, unit)
     blocks = batch * triton.cdiv(tokens, config.block_m)
     share = triton.cdiv(blocks, max(1, LEPE_CHUNKS // heads))
@@ -412,24 +430,22 @@ def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, gr
         BLOCK_D=table.block_d(head_dim),
         UNIT=unit,
     )
-    _sum(partial_weight, grads[4])
+    sum_over_chunks(partial_weight, grads[4])
     if lepe_bias is not None:
-        _sum(partial_bias, grads[5])
+        sum_over_chunks(partial_bias, grads[5])
 
 
 def window_bwd(grad_output, query, key, value, bias, lepe_weight, lepe_bias, output, logsumexp, *options):
     """(grad_query, grad_key, grad_value, grad_bias, grad_lepe_weight, grad_lepe_bias); empty for an absent parameter"""
-    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
-    if num_prefix_tokens or bias_weighs:
-        raise NotImplementedError
-    geometry = Geometry(*geometry)
+    *geometry, mask_padding, bias_weighs, scale = options
+    geometry = _geometry(*geometry)
     parameters = (bias, lepe_weight, lepe_bias)
     absent = torch.empty((0,), dtype=torch.float32, device=query.device)
     grads = [torch.empty_like(t) for t in (query, key, value)]
     grads += [absent.clone() if t is None else torch.zeros_like(t) for t in parameters]
     if query.numel() == 0:
         return tuple(grads)
-    options = _options(query, geometry, mask_padding)
+    options = _options(query, bias, geometry, mask_padding, bias_weighs)
     config = tuned.one_tile(query, _keys(geometry)) if _lean(bias, geometry, options) else None
     delta = None if config else torch.empty_like(logsumexp)
     if lepe_weight is not None:

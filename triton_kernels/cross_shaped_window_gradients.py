@@ -7,7 +7,10 @@ import triton.language as tl
 
 from .cross_shaped_window_tiles import (
     bias_centre,
+    bias_code,
     bias_columns,
+    bias_entries,
+    bias_sides,
     convolve,
     head_at,
     load_rows,
@@ -18,6 +21,7 @@ from .cross_shaped_window_tiles import (
     store_rows,
     tap_row,
     token_at,
+    weigh,
 )
 from .tiles import _row_statistics, _weights, matmul, narrow
 
@@ -112,6 +116,7 @@ def window_key_value_gradient(
     gradient_scale,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -162,21 +167,22 @@ def window_key_value_gradient(
             near_row * height + i_ly, near_column * width + i_lx, height, width, geometry
         )
         i_valid = i_inside & (i < count)
-        i_code = tl.where(i < count, i_ly * table_columns + i_lx, 0)
+        i_code = bias_code(i_ly, i_lx, i < count, table_columns, geometry)
         ky = ly + (row - near_row) * height + geometry.overlap_h
         kx = lx + (column - near_column) * width + geometry.overlap_w
         reached = (ky >= 0) & (ky < height + 2 * geometry.overlap_h) & (kx >= 0)
         reached = reached & (kx < width + 2 * geometry.overlap_w) & (j < count)
-        j_code = tl.where(reached, ky * table_columns + kx, 0)
-        term = shared_term(centre, i_code[None, :], j_code[:, None], reached[:, None])
+        j_code = bias_code(ky, kx, reached, table_columns, geometry)
+        entries = bias_entries(centre, i_code[None, :], j_code[:, None], geometry, WEIGHS)
+        term = shared_term(entries, reached[:, None], WEIGHS)
         term = own_term(term, i_region[None, :], j_region[:, None], inside[:, None], SHIFTED, MASKED)
         lse, lse_rest, deltas = _row_statistics(logsumexp + statistics, delta + statistics, i_token, i_valid, k.dtype)
         q = load_rows(q_head, strides.query, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
         logits = matmul(k, tl.trans(q), None, PRECISION) * scale_log2 + term
         p = _weights(logits, lse[None, :], lse_rest[None, :], k.dtype)
         do = load_rows(do_head, strides.grad_output, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
-        dv = matmul(narrow(p, q.dtype), do, dv, PRECISION)
-        dp = matmul(v, tl.trans(do), None, PRECISION)
+        dv = matmul(narrow(weigh(p, entries, WEIGHS), q.dtype), do, dv, PRECISION)
+        dp = weigh(matmul(v, tl.trans(do), None, PRECISION), entries, WEIGHS)
         ds = p * (dp - deltas[None, :])
         dk = matmul(narrow(ds, q.dtype), q, dk, PRECISION)
     if lepe_weight is not None:
@@ -209,6 +215,7 @@ def window_query_gradient(
     gradient_scale,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -228,7 +235,7 @@ def window_query_gradient(
     token, inside, i_region = token_at(corner_y + ly, corner_x + lx, height, width, geometry)
     i_valid = inside & (i < height * width)
     table_columns = bias_columns(width, geometry)
-    i_code = tl.where(i < height * width, ly * table_columns + lx, 0)
+    i_code = bias_code(ly, lx, i < height * width, table_columns, geometry)
     statistics = (b * num_heads + h) * geometry.grid_h * geometry.grid_w
     lse, lse_rest, deltas = _row_statistics(
         logsumexp + statistics, delta + statistics, token, i_valid, query.dtype.element_ty
@@ -250,14 +257,15 @@ def window_query_gradient(
             corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
         )
         j_valid = j_inside & (j < keys)
-        j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-        term = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+        j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+        entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+        term = shared_term(entries, (j < keys)[None, :], WEIGHS)
         term = own_term(term, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
         k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
         v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
         logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
         p = _weights(logits, lse[:, None], lse_rest[:, None], q.dtype)
-        dp = matmul(do, tl.trans(v), None, PRECISION)
+        dp = weigh(matmul(do, tl.trans(v), None, PRECISION), entries, WEIGHS)
         dq = matmul(narrow(p * (dp - deltas[:, None]), k.dtype), k, dq, PRECISION)
     dq_head = head_at(grad_query, strides.grad_query, b, h, UNIT)
     store_rows(dq_head, strides.grad_query, dq * gradient_scale, token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
@@ -285,6 +293,7 @@ def window_bias_gradient(
     scale_log2,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -315,10 +324,11 @@ def window_bias_gradient(
     ky = j // key_width
     kx = j % key_width
     table_columns = bias_columns(width, geometry)
-    i_code = tl.where(i < count, ly * table_columns + lx, 0)
-    j_code = tl.where(j < keys, ky * table_columns + kx, 0)
+    i_code = bias_code(ly, lx, i < count, table_columns, geometry)
+    j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
     centre = bias_centre(bias, h, height, width, geometry)
-    shared = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+    entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+    shared = shared_term(entries, (j < keys)[None, :], WEIGHS)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     begin = (part // heads).to(tl.int32) * share
     for member in range(begin, tl.minimum(begin + share, batch * rows * columns)):
@@ -346,7 +356,10 @@ def window_bias_gradient(
             head_at(value, strides.value, b, h, UNIT), strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT
         )
         dp = matmul(do, tl.trans(v), None, PRECISION)
-        total += p * (dp - deltas[:, None])
+        if WEIGHS:  # dW = P * dO V^T: delta is not subtracted
+            total += p * dp
+        else:
+            total += p * (dp - deltas[:, None])
     tile = partial + part * count * stride
     tl.store(tile + i[:, None] * stride + j[None, :], total, mask=(i < count)[:, None] & (j < stride)[None, :])
 
@@ -356,8 +369,7 @@ def reduce_bias(
     partial, stride, grad_bias, geometry, splits, heads, first_head, BLOCK_X: tl.constexpr, LANES: tl.constexpr
 ):
     """One program: LANES entries of a row of a head's table, summed in order over splits and the pairs at that difference."""
-    height = geometry.window_h
-    width = geometry.window_w
+    height, width = bias_sides(geometry.window_h, geometry.window_w, geometry)
     key_height = height + 2 * geometry.overlap_h
     key_width = width + 2 * geometry.overlap_w
     rows = height + key_height - 1
@@ -377,7 +389,9 @@ def reduce_bias(
         y = first + step // steps % (last - first)
         split = step // steps // (last - first)
         key_x = x[:, None] + entry[None, :] - (width - 1)
-        tile = partial + (split * heads + head) * height * width * stride
+        tile = partial + (split * heads + head) * geometry.window_h * geometry.window_w * stride
+        if geometry.prefix is not None:
+            tile += geometry.prefix.tokens * (stride + 1)
         pointers = tile + (y * width + x[:, None]) * stride + (y + dy) * key_width + key_x
         total += tl.load(pointers, mask=(x < width)[:, None] & (key_x >= 0) & (key_x < key_width), other=0.0)
     destination = grad_bias + ((first_head + head) * rows + row) * columns + entry
