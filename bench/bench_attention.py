@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-import effattn
 from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, flex, scores, unmasked_sdpa
+
+import effattn
 
 # torch's CPU flash kernel takes an additive mask of 2 or 4 dimensions; one of 3, as a per-head bias (H, N, N) that is
 # left to broadcast, sends it to the plain formula. Both are measured.

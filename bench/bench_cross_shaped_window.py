@@ -8,8 +8,6 @@ partition before they project; `window_peers.py` says how their clock is kept fa
 from __future__ import annotations
 
 import torch
-
-import effattn
 from effattn.bench import window_peers as peers
 from effattn.bench.cases import (
     OURS,
@@ -24,6 +22,8 @@ from effattn.bench.cases import (
 )
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled
 from effattn.bench.window_peers import CROSS, ON_WINDOWS, OVERLAPPING, SHIFTED, overlap, shift, stripes
+
+import effattn
 
 BATCH = 8
 

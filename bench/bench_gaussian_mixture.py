@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-import effattn
 from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, flex, scores, unmasked_sdpa
+
+import effattn
 from effattn.reference import mixture_mask
 
 GAUSSIANS, EPS = 5, 1e-5  # K and epsilon, the published defaults

@@ -11,10 +11,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-
-import effattn
 from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
 from effattn.bench.peers import compiled, unmasked_sdpa
+
+import effattn
 from effattn.ops.shift_linear import shift_linear_ste
 
 INT8, LINEAR, LINEAR_BF16, MATMUL = "effattn int8", "F.linear", "F.linear bf16", "matmul"

@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-
 from effattn.bench.cases import BACKWARD, FORWARD
 from effattn.bench.runner import TOLERANCE, prepare, warm_up
 

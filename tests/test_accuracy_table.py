@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import backends_of, require
+from effattn.bench import accuracy
 
 from effattn import _registry
-from effattn.bench import accuracy
 
 EXACT = {"pack_signs", "binary_matmul"}
 """Operators whose results are integers: right or wrong, with no error to tabulate."""

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-
-import effattn
 from effattn.bench import accuracy, cli, cswin, memory, photographs, report, runner
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
+
+import effattn
 
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")

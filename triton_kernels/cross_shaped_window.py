@@ -26,10 +26,11 @@ occupancy, so most tiles have none; that is a choice by compiled registers, not 
 
 FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (one tile), else 14 N K D and 4 more for
 a bias. Bytes at e per element: forward 4 N D e, backward 7 N D e (one tile); LePE reads 1 and 3 N D e more where its
-neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, take at most half of the output's bytes, or one head's tile.
-Nothing is atomic: sums are added in a second, ordered stage.
+neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, are made for so many heads and rows of queries at a time that
+they take half of the output's bytes, or 4 MiB. Nothing is atomic: sums are added in a second, ordered stage.
 """
 
+import itertools
 import math
 from collections import namedtuple
 
@@ -184,6 +185,7 @@ def window_forward(
 
 TARGET_PROGRAMS = 2048  # several waves of the largest chip; fixed, so that sums do not depend on the device
 LEPE_CHUNKS = 512
+SMALL_SUMS = 1 << 22  # bytes that the sums of dZ may always take
 REDUCE = table.Configuration(16, 64, 4, 1)
 
 
@@ -267,7 +269,7 @@ def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
     options = _options(query, bias, geometry, mask_padding, bias_weighs)
     slots = max(slots for slots, _ in _windows(geometry))
     unit = unit_of(query, key, value, output)
-    config = tuned.forward(query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
+    config = tuned.fitted("window_forward", query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
     one_tile = _keys(geometry) <= config.block_n
     share = _share(geometry, batch, heads, config.block_m) if one_tile else 1
     strides = ForwardStrides(*(t.stride() for t in (query, key, value, output)))
@@ -290,32 +292,58 @@ def _row_stride(geometry):
     return triton.cdiv(_keys(geometry), 16) * 16
 
 
-def _splits(query, geometry, owners):
-    """(heads of a group, splits of the windows): the sums of dZ of one group take at most half of the output's bytes."""
+def _query_sides(geometry):
+    """Rows and columns of queries that the bias table knows."""
+    return geometry.prefix[1:] if geometry.prefix else (geometry.window_h, geometry.window_w)
+
+
+def _sums(query, geometry, config):
+    """How much of the sums of dZ is held at once: (rows of queries, heads, splits of the windows). Their bytes are at most half
+    of the output's, SMALL_SUMS, or one row's."""
     batch, heads = query.shape[:2]
-    slots, windows = _windows(geometry)[0]
-    budget = query.numel() * query.element_size() // 2 // (4 * slots * _row_stride(geometry))
-    group = max(1, min(heads, budget))
-    return group, max(1, min(budget // group, batch * windows, TARGET_PROGRAMS // (owners * group)))
+    rows, columns = _query_sides(geometry)
+    bytes_of_row = 4 * columns * _row_stride(geometry)
+    budget = max(query.numel() * query.element_size() // 2, SMALL_SUMS) // bytes_of_row
+    band = max(1, min(rows, budget))
+    group = max(1, min(heads, budget // band))
+    owners = triton.cdiv(band * columns, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
+    windows = _windows(geometry)[0][1]
+    splits = max(1, min(budget // (band * group), batch * windows, TARGET_PROGRAMS // (owners * group)))
+    return band, group, triton.cdiv(batch * windows, triton.cdiv(batch * windows, splits))
 
 
-def _reduce_bias(partial, grad_bias, geometry, first_head):
-    splits, heads = partial.shape[:2]
-    rows, columns = grad_bias.shape[1:]
-    table.launch(
-        gradients.reduce_bias,
-        heads * rows * triton.cdiv(columns, REDUCE.block_n),
-        partial.device,
-        REDUCE,
-        *(partial, partial.shape[3], grad_bias, geometry, splits, heads, first_head),
-        BLOCK_X=REDUCE.block_m,
-        LANES=REDUCE.block_n,
-    )
-
-
-def _partial(query, splits, heads, geometry):
-    shape = (splits, heads, geometry.window_h * geometry.window_w, _row_stride(geometry))
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
+def _bias_backward(inputs, statistics, bias, strides, grad_bias, geometry, scale_log2, config, options):
+    query = inputs[0]
+    batch, heads = query.shape[:2]
+    rows, columns = _query_sides(geometry)
+    band, group, splits = _sums(query, geometry, config)
+    share = triton.cdiv(batch * _windows(geometry)[0][1], splits)
+    stride = _row_stride(geometry)
+    partial = torch.empty((splits, group, band * columns, stride), dtype=torch.float32, device=query.device)
+    before = geometry.prefix.tokens if geometry.prefix else 0
+    for head, row in itertools.product(range(0, heads, group), range(0, rows, band)):
+        some_heads, some_rows = min(group, heads - head), min(band, rows - row)
+        slots = some_rows * columns
+        tiles = triton.cdiv(slots, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
+        table.launch(
+            gradients.window_bias_gradient,
+            tiles * some_heads * splits,
+            query.device,
+            config,
+            *(*inputs, *statistics, bias, partial, stride, strides, geometry),
+            *(batch, heads, share, before + row * columns, slots, head, some_heads, splits, scale_log2),
+            **_blocks(config),
+            **options,
+        )
+        table.launch(
+            gradients.reduce_bias,
+            some_heads * grad_bias.shape[1] * triton.cdiv(grad_bias.shape[2], REDUCE.block_n),
+            query.device,
+            REDUCE,
+            *(partial, stride, grad_bias, geometry, splits, row, some_rows, head, some_heads),
+            BLOCK_X=REDUCE.block_m,
+            LANES=REDUCE.block_n,
+        )
 
 
 def _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale):
@@ -346,8 +374,8 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     strides = gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3])))
     scales = (scale * LOG2E.value, scale)
     unit = unit_of(*inputs, *grads[:3])
-    lean = _lean(bias, geometry, options)
-    config = tuned.tile("window_key_value_gradient", query, lean, unit)
+    shape = (max(slots for slots, _ in _windows(geometry)), _keys(geometry), _lean(bias, geometry, options), unit)
+    config = tuned.fitted("window_key_value_gradient", query, *shape)
     table.launch(
         gradients.window_key_value_gradient,
         _launches(geometry, batch, heads, 1, config.block_n),
@@ -358,7 +386,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
         **_blocks(config),
         **options,
     )
-    config = tuned.tile("window_query_gradient", query, lean, unit)
+    config = tuned.fitted("window_query_gradient", query, *shape)
     table.launch(
         gradients.window_query_gradient,
         _launches(geometry, batch, heads, 1, config.block_m),
@@ -371,27 +399,9 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     )
     if bias is None:
         return
-    config = tuned.tile("window_bias_gradient", query, lean, unit)
-    (slots, windows), _ = _windows(geometry)
-    owners = triton.cdiv(slots, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
-    group, splits = _splits(query, geometry, owners)
-    share = triton.cdiv(batch * windows, splits)
-    splits = triton.cdiv(batch * windows, share)
-    for first in range(0, heads, group):
-        size = min(group, heads - first)
-        partial = _partial(query, splits, size, geometry)
-        table.launch(
-            gradients.window_bias_gradient,
-            owners * size * splits,
-            query.device,
-            config,
-            *(*inputs, *statistics, bias, partial, partial.shape[3], strides, geometry),
-            *(batch, heads, share, first, size, splits, scales[0]),
-            UNIT=unit,
-            **_blocks(config),
-            **options,
-        )
-        _reduce_bias(partial, grads[3], geometry, first)
+    config = tuned.fitted("window_bias_gradient", query, *shape)
+    options = {**options, "UNIT": unit}
+    _bias_backward(inputs, statistics, bias, strides, grads[3], geometry, scales[0], config, options)
 
 
 def sum_over_chunks(partial, destination):

@@ -63,12 +63,15 @@ def tile(kernel, query, lean, unit):
     return config if unit >= 4 else config._replace(num_stages=1)
 
 
-def forward(query, slots, keys, lean, unit):
+def fitted(kernel, query, slots, keys, lean, unit):
     """Windows that need no whole tile get a smaller one."""
-    config = tile("window_forward", query, lean, unit)
-    block_m = min(config.block_m, _rounded(slots))
-    warps = max(1, config.num_warps * block_m // config.block_m)
-    return C(block_m, min(config.block_n, _rounded(keys)), warps, config.num_stages)
+    config = tile(kernel, query, lean, unit)
+    rows, columns = (slots, keys) if kernel != "window_key_value_gradient" else (slots, slots)
+    block_m, block_n = min(config.block_m, _rounded(rows)), min(config.block_n, _rounded(columns))
+    owned = block_m / config.block_m
+    if kernel != "window_forward":
+        owned *= block_n / config.block_n
+    return C(block_m, block_n, max(1, int(config.num_warps * owned)), config.num_stages)
 
 
 def one_tile(query, slots):

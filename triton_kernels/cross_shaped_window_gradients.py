@@ -271,7 +271,7 @@ def window_query_gradient(
     store_rows(dq_head, strides.grad_query, dq * gradient_scale, token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "first_head", "heads", "splits"])
+@triton.jit(do_not_specialize=[*COUNTS, "first_slot", "slots", "first_head", "heads", "splits"])
 def window_bias_gradient(
     query,
     key,
@@ -287,6 +287,8 @@ def window_bias_gradient(
     batch,
     num_heads,
     share,
+    first_slot,
+    slots,
     first_head,
     heads,
     splits,
@@ -301,30 +303,31 @@ def window_bias_gradient(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a tile of the windows of one head, dZ summed over one split of them.
+    """One program: a tile of the windows of one head, dZ summed over one split of them; where the bias weighs, P * dO V^T.
 
-    partial (splits, heads, N, stride): the keys of a row, filled up to a multiple of 16 for wide stores.
+    Queries first_slot .. first_slot + slots - 1 only. partial (splits, heads, slots, stride): the keys of a row, filled up to
+    a multiple of 16 for wide stores.
     """
     height = geometry.window_h
     width = geometry.window_w
     rows = tl.cdiv(geometry.grid_h, height)
     columns = tl.cdiv(geometry.grid_w, width)
     key_width = width + 2 * geometry.overlap_w
-    count = height * width
     keys = (height + 2 * geometry.overlap_h) * key_width
     blocks = tl.cdiv(keys, BLOCK_N)
-    tiles = tl.cdiv(count, BLOCK_M) * blocks
+    tiles = tl.cdiv(slots, BLOCK_M) * blocks
     program = tl.program_id(0)
     part = (program // tiles).to(tl.int64)  # split * heads + head
     h = first_head + part % heads
-    i = program % tiles // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = program % tiles // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first_slot + place
     j = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     ly = i // width
     lx = i % width
     ky = j // key_width
     kx = j % key_width
     table_columns = bias_columns(width, geometry)
-    i_code = bias_code(ly, lx, i < count, table_columns, geometry)
+    i_code = bias_code(ly, lx, place < slots, table_columns, geometry)
     j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
     centre = bias_centre(bias, h, height, width, geometry)
     entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
@@ -339,7 +342,7 @@ def window_bias_gradient(
         j_token, j_inside, j_region = token_at(
             corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
         )
-        i_valid = i_inside & (i < count)
+        i_valid = i_inside & (place < slots)
         j_valid = j_inside & (j < keys)
         statistics = (b * num_heads + h) * geometry.grid_h * geometry.grid_w
         q = load_rows(
@@ -360,15 +363,28 @@ def window_bias_gradient(
             total += p * dp
         else:
             total += p * (dp - deltas[:, None])
-    tile = partial + part * count * stride
-    tl.store(tile + i[:, None] * stride + j[None, :], total, mask=(i < count)[:, None] & (j < stride)[None, :])
+    pointers = partial + (part * slots + place)[:, None] * stride + j[None, :]
+    tl.store(pointers, total, mask=(place < slots)[:, None] & (j < stride)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "heads", "first_head"])
+@triton.jit(do_not_specialize=["splits", "band_begin", "band", "first_head", "heads"])
 def reduce_bias(
-    partial, stride, grad_bias, geometry, splits, heads, first_head, BLOCK_X: tl.constexpr, LANES: tl.constexpr
+    partial,
+    stride,
+    grad_bias,
+    geometry,
+    splits,
+    band_begin,
+    band,
+    first_head,
+    heads,
+    BLOCK_X: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """One program: LANES entries of a row of a head's table, summed in order over splits and the pairs at that difference."""
+    """One program: LANES entries of a row of a head's table, summed in order over splits and the pairs at that difference.
+
+    partial holds `band` rows of queries from band_begin; every band but the first adds to what is there.
+    """
     height, width = bias_sides(geometry.window_h, geometry.window_w, geometry)
     key_height = height + 2 * geometry.overlap_h
     key_width = width + 2 * geometry.overlap_w
@@ -380,8 +396,8 @@ def reduce_bias(
     row = program // blocks % rows
     head = (program // blocks // rows).to(tl.int64)
     dy = row - (height - 1)  # key row minus query row
-    first = tl.maximum(-dy, 0)
-    last = tl.minimum(height, key_height - dy)
+    first = tl.maximum(-dy, band_begin)
+    last = tl.maximum(tl.minimum(band_begin + band, key_height - dy), first)
     steps = tl.cdiv(width, BLOCK_X)
     total = tl.zeros((BLOCK_X, LANES), tl.float32)
     for step in range(0, splits * (last - first) * steps):
@@ -389,13 +405,16 @@ def reduce_bias(
         y = first + step // steps % (last - first)
         split = step // steps // (last - first)
         key_x = x[:, None] + entry[None, :] - (width - 1)
-        tile = partial + (split * heads + head) * geometry.window_h * geometry.window_w * stride
+        query_row = ((split * heads + head) * band + (y - band_begin)) * width
+        pointers = partial + (query_row + x)[:, None] * stride + ((y + dy) * key_width + key_x)
         if geometry.prefix is not None:
-            tile += geometry.prefix.tokens * (stride + 1)
-        pointers = tile + (y * width + x[:, None]) * stride + (y + dy) * key_width + key_x
+            pointers += geometry.prefix.tokens
         total += tl.load(pointers, mask=(x < width)[:, None] & (key_x >= 0) & (key_x < key_width), other=0.0)
     destination = grad_bias + ((first_head + head) * rows + row) * columns + entry
-    tl.store(destination, tl.sum(total, 0), mask=entry < columns)
+    result = tl.sum(total, 0)
+    if band_begin > 0:
+        result += tl.load(destination, mask=entry < columns, other=0.0)
+    tl.store(destination, result, mask=entry < columns)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "chunks"])

@@ -219,7 +219,7 @@ def local_enhancement_bwd(grad_output, attention, value, weight, bias, grid_h, g
     """(grad_value, grad_weight, grad_bias)"""
     grad_value, grad_weight = torch.empty_like(value), torch.zeros_like(weight)
     grad_bias = weight.new_zeros((0,)) if bias is None else torch.zeros_like(bias)
-    batch, heads, _, head_dim = value.shape
+    batch, heads = value.shape[:2]
     if value.numel():
         _enhance(None, grad_output, weight, None, grad_value, grid_h, grid_w, num_prefix_tokens, size, -1)
     if not value.numel() or not grid_h * grid_w:
