@@ -64,12 +64,11 @@ def run(tensors, grad_output, **options):
         ((3, 5), {"batch": 2, "prefix": 2, "taps": 3}, {}),
         ((3, 11), {"dtype": torch.bfloat16, "heads": 1, "taps": 5, "prefix": 1}, {"decay": "weights"}),  # several tiles
         ((5, 3), {"dtype": torch.float16, "head_dim": 17, "taps": 1, "bias": False}, {"scale": 0.4}),
-        ((3, 3), {"heads": 1}, {"decay": "weights"}),
         ((1, 7), {"dtype": torch.bfloat16, "prefix": 3}, {}),
         ((3, 2), {"dtype": torch.bfloat16, "heads": 1, "taps": 5}, {"decomposed": True}),
         ((1, 3), {"heads": 1, "taps": 3, "bias": False}, {"decomposed": True, "decay": "weights"}),
     ],
-    ids=["prefix", "weights-prefix-tiles", "whole", "weights", "one-row", "decomposed", "decomposed-weights"],
+    ids=["prefix", "weights-prefix-tiles", "whole", "one-row", "decomposed", "decomposed-weights"],
 )
 def test_it_equals_the_reference(grid, sizes, options):
     options = {"grid": grid, "num_prefix_tokens": sizes.get("prefix", 0), **options}
@@ -111,9 +110,8 @@ def test_without_a_grid_the_prefix_tokens_attend_to_each_other(decay):
 # ---------------------------------------------------------------- how the work is divided
 
 
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_sums_of_the_decay_gradient_may_be_made_a_row_at_a_time(prefix, monkeypatch):
-    grid = (4, 2)
+def test_sums_of_the_decay_gradient_may_be_made_a_few_rows_and_heads_at_a_time(monkeypatch):
+    grid, prefix = (4, 2), 2
     tensors, grad_output = draw(grid, heads=3, prefix=prefix)
     options = {"grid": grid, "num_prefix_tokens": prefix}
     expected = run(tensors, grad_output, **options)
@@ -145,11 +143,11 @@ def enhance(value, weight, bias, attention, grid, prefix):
 
 
 @pytest.mark.parametrize(
-    ("taps", "grid", "prefix", "chunks"), [(9, (2, 3), 1, 512), (5, (6, 7), 0, 512), (3, (13, 11), 2, 4)]
+    ("taps", "grid", "prefix", "chunks"), [(9, (2, 3), 1, 512), (5, (6, 7), 0, 512), (3, (9, 11), 2, 2)]
 )
 def test_any_odd_window_and_any_strides_of_the_convolution(taps, grid, prefix, chunks, monkeypatch):
     monkeypatch.setattr(local_enhancement, "CHUNKS", chunks)
-    tensors, grad_output = draw(grid, batch=2, heads=2, head_dim=16, prefix=prefix, taps=taps)
+    tensors, grad_output = draw(grid, batch=2 if taps == 3 else 1, heads=1, head_dim=16, prefix=prefix, taps=taps)
     value, attention = tensors["value"].transpose(1, 2).contiguous().transpose(1, 2), tensors["query"]
     leaves = {"value": value, "weight": tensors["lce_weight"], "bias": tensors["lce_bias"], "attention": attention}
     options = {"grid": grid, "prefix": prefix}

@@ -1,13 +1,16 @@
 """Attention inside the windows of a token grid, with the tiles of the Triton engine.
 
     S = Q K^T       Z = scale S + bias[h, key - query] + mask       P = softmax(Z)       O = P V + LePE(V)
+    or, where the bias weighs,      Z = scale S + mask       O = (P * bias) V + LePE(V)
     LePE(V)[p] = lepe_bias + sum over 3 x 3 taps t of w[t] V[p + t],   p + t in the window of p
     dP = dO V^T     dZ = P * (dP - delta)     delta_i = sum_j P_ij dP_ij = dO_i . (O - LePE)_i
     dQ = scale dZ K       dK = scale dZ^T Q       dV = P^T dO + sum_t w[t] dO[p - t]
     dbias[h, r, c] = sum of dZ over the pairs at that difference       dw[t] = sum_p dO[p] V[p + t]
+    where it weighs: dP = bias * dO V^T, dV = (P * bias)^T dO + ..., dbias sums P * dO V^T; delta is as above
 
 A window is a set of indices: kernels find the token of each slot by arithmetic (cross_shaped_window_tiles.py), so nothing is
-rolled, padded, partitioned or copied, and one launch serves both halves of the heads.
+rolled, padded, partitioned or copied, and one launch serves both halves of the heads. Tokens before the grid are keys and
+queries of its one window, with bias 0 (or weight 1).
 
 Kernel                     one program owns                     in registers                   streamed
 window_forward             a query block of `share` windows     O, row maximum and sum         keys and values
@@ -27,7 +30,7 @@ occupancy, so most tiles have none; that is a choice by compiled registers, not 
 FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (one tile), else 14 N K D and 4 more for
 a bias. Bytes at e per element: forward 4 N D e, backward 7 N D e (one tile); LePE reads 1 and 3 N D e more where its
 neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, are made for so many heads and rows of queries at a time that
-they take half of the output's bytes, or 4 MiB. Nothing is atomic: sums are added in a second, ordered stage.
+they take half of the output's bytes, or 4 MiB (or one row's). Nothing is atomic: sums are added in a second, ordered stage.
 """
 
 import itertools
@@ -399,7 +402,8 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     )
     if bias is None:
         return
-    config = tuned.fitted("window_bias_gradient", query, *shape)
+    slots, keys, lean, _ = shape
+    config = tuned.fitted("window_bias_gradient", query, slots, keys, lean or options["WEIGHS"], unit)
     options = {**options, "UNIT": unit}
     _bias_backward(inputs, statistics, bias, strides, grads[3], geometry, scales[0], config, options)
 

@@ -2,7 +2,7 @@
 
 Chosen by ahead-of-time compiles, as in configurations.py, at head_dim 24, 30 and 32 and the published windows
 (tests/test_triton_compile.py). No tile here was timed.
-Lean are calls without bias, shift, overlap and padding mask.
+Lean are calls without bias, shift, overlap and padding mask; and the gradient of a bias that weighs, which adds to no logit.
 """
 
 import torch
@@ -33,6 +33,7 @@ _TABLE = {("half", True): _HALF, ("half", False): _HALF_RICH, ("single", True): 
 _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an occupancy step
     ("sm_80", "half", True, "window_key_value_gradient", 0): C(32, 64, 8, 1),
     ("sm_80", "half", False, "window_key_value_gradient", 0): C(32, 64, 8, 1),
+    ("sm_80", "half", True, "window_bias_gradient", 0): C(64, 32, 4, 2),
     ("sm_100", "half", True, "window_key_value_gradient", 0): C(32, 64, 4, 2),
     ("sm_100", "half", False, "window_forward", 0): C(64, 16, 4, 1),
     ("sm_120", "half", False, "window_forward", 0): C(64, 16, 4, 1),
