@@ -250,10 +250,13 @@ def _options(query, bias, geometry, mask_padding, bias_weighs):
     }
 
 
-def _lean(bias, geometry, options):
-    """Whether the term is one number for all."""
-    overlap = geometry.overlap_h + geometry.overlap_w
-    return bias is None and overlap == 0 and not (options["SHIFTED"] or options["MASKED"])
+def _kind(bias, geometry, options):
+    """What the term of a tile holds: see cross_shaped_window_configurations.py."""
+    if geometry.overlap_h + geometry.overlap_w > 0 or options["SHIFTED"] or options["MASKED"]:
+        return "rich"
+    if bias is None:
+        return "lean"
+    return "weighs" if options["WEIGHS"] else "biased"
 
 
 def _blocks(config):
@@ -272,7 +275,7 @@ def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
     options = _options(query, bias, geometry, mask_padding, bias_weighs)
     slots = max(slots for slots, _ in _windows(geometry))
     unit = unit_of(query, key, value, output)
-    config = tuned.fitted("window_forward", query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
+    config = tuned.fitted("window_forward", query, slots, _keys(geometry), _kind(bias, geometry, options), unit)
     one_tile = _keys(geometry) <= config.block_n
     share = _share(geometry, batch, heads, config.block_m) if one_tile else 1
     strides = ForwardStrides(*(t.stride() for t in (query, key, value, output)))
@@ -377,7 +380,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     strides = gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3])))
     scales = (scale * LOG2E.value, scale)
     unit = unit_of(*inputs, *grads[:3])
-    shape = (max(slots for slots, _ in _windows(geometry)), _keys(geometry), _lean(bias, geometry, options), unit)
+    shape = (max(slots for slots, _ in _windows(geometry)), _keys(geometry), _kind(bias, geometry, options), unit)
     config = tuned.fitted("window_key_value_gradient", query, *shape)
     table.launch(
         gradients.window_key_value_gradient,
@@ -402,8 +405,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     )
     if bias is None:
         return
-    slots, keys, lean, _ = shape
-    config = tuned.fitted("window_bias_gradient", query, slots, keys, lean or options["WEIGHS"], unit)
+    config = tuned.fitted("window_bias_gradient", query, *shape)
     options = {**options, "UNIT": unit}
     _bias_backward(inputs, statistics, bias, strides, grads[3], geometry, scales[0], config, options)
 
@@ -460,7 +462,7 @@ def window_bwd(grad_output, query, key, value, bias, lepe_weight, lepe_bias, out
     if query.numel() == 0:
         return tuple(grads)
     options = _options(query, bias, geometry, mask_padding, bias_weighs)
-    config = tuned.one_tile(query, _keys(geometry)) if _lean(bias, geometry, options) else None
+    config = tuned.one_tile(query, _keys(geometry)) if _kind(bias, geometry, options) == "lean" else None
     delta = None if config else torch.empty_like(logsumexp)
     if lepe_weight is not None:
         _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry)
