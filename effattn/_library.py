@@ -177,11 +177,13 @@ class Operator:
                     call = functools.partial(Fused.apply, self.name)
                     break
         results = call(backend, *args)
+        if isinstance(results, torch.Tensor):  # nothing is saved
+            return results
         return results[0] if self.num_results == 1 else results[: self.num_results]
 
     def _fake_forward(self, query, *args):
         saved = (query.new_empty(shape(*query.shape), dtype=torch.float32) for shape in self._saved.values())
-        return torch.empty_like(query), *saved
+        return (torch.empty_like(query), *saved) if self._saved else torch.empty_like(query)
 
     def _fake_backward(self, grad_output, *args):
         absent = grad_output.new_empty
@@ -211,6 +213,7 @@ class Fused(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         name, backend, *args = inputs
         operator = _operators[name]
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         count = operator.num_tensors
         ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
         saved = outputs[operator.num_results :]
@@ -292,7 +295,10 @@ def _fold_or_loop(op, parameters: frozenset[int], num_tensors: int, mixes_batch:
             dim = in_dims[i]
             moved = args[i].movedim(dim, 0) if dim is not None else args[i].expand(info.batch_size, *args[i].shape)
             folded[i] = moved.flatten(0, 1)
-        outputs = tuple(t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in op(*folded))
+        outputs = op(*folded)
+        if isinstance(outputs, torch.Tensor):
+            return outputs.unflatten(0, (info.batch_size, outputs.shape[0] // info.batch_size)), 0
+        outputs = tuple(t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in outputs)
         return outputs, (0,) * len(outputs)
 
     return rule

@@ -60,6 +60,13 @@ def cases():
                     (24, 30, 32, 46, 53, 77, 122) if operation in ("window_hat", "window_overlapping") else (24, 30, 32)
                 )
             ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in (*triton_compiler.MANHATTAN, *triton_compiler.ENHANCEMENTS)
+                for family in CUDA
+                for dtype in ("bfloat16", "float32")
+                for size in ((16,) if operation.endswith("_56") else (16, 30, 32))
+            ]
         )
     chosen = [
         (operation, family, "bfloat16", head_dim, ENGINE)
@@ -102,6 +109,10 @@ def cases():
         ("window_stripes_7", "sm_80", "bfloat16", 24, WINDOWS),
         ("window_hat", "sm_120", "bfloat16", 53, ("window_key_value_gradient", "window_bias_gradient", "reduce_bias")),
         ("window_stripes_12", "sm_80", "float32", 32, WINDOWS),
+        ("manhattan_weights_56", "sm_80", "bfloat16", 16, ("window_query_gradient", "window_bias_gradient")),
+        ("manhattan_weights_prefix_14", "sm_90", "bfloat16", 32, ("window_forward", "window_key_value_gradient")),
+        ("manhattan_prefix_14", "sm_120", "float16", 32, ("reduce_bias",)),
+        ("local_enhancement_5", "sm_100", "bfloat16", 32, ("enhance", "enhancement_gradient")),
     ]
     return chosen
 

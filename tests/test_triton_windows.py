@@ -147,22 +147,24 @@ def test_a_program_may_walk_any_number_of_windows(case, bias, lepe, monkeypatch)
         torch.testing.assert_close(walked[name], tensor)
 
 
-def test_splits_and_groups_of_heads_of_the_bias_gradient_agree(monkeypatch):
+def test_bands_groups_and_splits_of_the_bias_gradient_agree(monkeypatch):
     run = run_of(BIASED, True, None, heads=3)
-    monkeypatch.setattr(windows, "_splits", lambda *_: (1, 1))
+    monkeypatch.setattr(windows, "_sums", lambda *_: (2, 3, 1))
     expected = run()["bias_table"]
-    monkeypatch.setattr(windows, "_splits", lambda *_: (2, 3))
+    monkeypatch.setattr(windows, "_sums", lambda *_: (1, 2, 3))
     torch.testing.assert_close(run()["bias_table"], expected)
 
 
-def test_sums_of_the_bias_gradient_take_at_most_half_of_the_output_or_one_head():
+def test_sums_of_the_bias_gradient_take_at_most_half_of_the_output_or_4_mebibytes():
     for batch, head_dim in ((1, 8), (8, 32), (64, 64)):
         query = torch.empty(batch, 4, 56 * 56, head_dim, dtype=torch.bfloat16, device="meta")
-        geometry = windows.Geometry(56, 56, 7, 7, 7, 7, 3, 3, 0, 0)
-        group, splits = windows._splits(query, geometry, 2)
-        partial = windows._partial(query, splits, group, geometry)
-        assert 1 <= group <= 4
-        assert (group, splits) == (1, 1) or partial.nbytes <= query.nbytes // 2
+        for size in (7, 56):
+            geometry = windows.Geometry(56, 56, size, size, size, size, 3, 3, 0, 0)
+            band, group, splits = windows._sums(query, geometry, windows.tuned.C(64, 32, 4, 1))
+            assert 1 <= band <= size
+            assert 1 <= group <= 4
+            held = 4 * band * size * windows._row_stride(geometry) * group * splits
+            assert held <= max(query.nbytes // 2, 1 << 22)
 
 
 # ---------------------------------------------------------------- layouts and degenerate shapes
@@ -232,7 +234,7 @@ def test_offsets_past_two_to_the_31_elements(tmp_path, monkeypatch):
         results = []
         for query, key, value, grad_output in (far, near):
             tensors = (query, key, value, bias, weight, None)
-            options = (2, 2, 2, 2, 2, 2, 0, 0, 0, 0, False, 0.25)
+            options = (2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, False, False, 0.25)
             saved = windows.window_fwd(*tensors, *options)
             results.append((*saved, *windows.window_bwd(grad_output, *tensors, *saved, *options)))
         for got, expected in zip(*results):

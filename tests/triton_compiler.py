@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, shift_add
+from effattn.triton_kernels import (
+    attention,
+    configurations,
+    cross_shaped_window,
+    gaussian_mixture,
+    local_enhancement,
+    shift_add,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,7 +66,19 @@ WINDOWS = {  # operation -> grid, window, second window, shift, overlap, mask_pa
     "window_stripes_12": (24, (24, 12), (12, 24), 0, 0, False, False, True),  # 288
     "window_whole_14": (14, (14, 14), (14, 14), 0, 0, False, False, True),  # 196
 }
-OPERATIONS += tuple(WINDOWS)
+MANHATTAN = {  # operation -> grid, window, prefix tokens, whether the bias weighs
+    "manhattan_rows_56": (56, (1, 56), 0, False),
+    "manhattan_columns_28": (28, (28, 1), 0, False),
+    "manhattan_rows_14": (14, (1, 14), 0, False),
+    "manhattan_whole_7": (7, (7, 7), 0, False),
+    "manhattan_whole_14": (14, (14, 14), 0, False),
+    "manhattan_prefix_14": (14, (14, 14), 1, False),
+    "manhattan_weights_56": (56, (56, 1), 0, True),
+    "manhattan_weights_7": (7, (7, 7), 0, True),
+    "manhattan_weights_prefix_14": (14, (14, 14), 1, True),
+}
+ENHANCEMENTS = ("local_enhancement_3", "local_enhancement_5", "local_enhancement_9")
+OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -82,24 +101,54 @@ def _run_linear(operation, dtype, rows):
 
 def _run_windows(operation, dtype, head_dim):
     """Forward and backward launchers of window attention at its published shape, batch 8 and 4 heads."""
-    grid, window, second, shift, overlap, mask_padding, has_bias, has_lepe = WINDOWS[operation]
+    if operation in MANHATTAN:
+        grid, window, prefix, weighs = MANHATTAN[operation]
+        second, shift, overlap, mask_padding, has_bias, has_lepe = window, 0, 0, False, True, False
+    else:
+        grid, window, second, shift, overlap, mask_padding, has_bias, has_lepe = WINDOWS[operation]
+        prefix, weighs = 0, False
     batch, heads = 8, 4
-    query, key, value, grad_output = (make(batch, heads, grid * grid, head_dim, dtype=dtype) for _ in range(4))
+    query, key, value, grad_output = (make(batch, heads, prefix + grid * grid, head_dim, dtype=dtype) for _ in range(4))
     rows, columns = (2 * size + 2 * overlap - 1 for size in window)
     bias = make(heads, rows, columns, dtype=torch.float32) if has_bias else None
     weight = make(heads, 9, head_dim, dtype=torch.float32) if has_lepe else None
     lepe_bias = make(heads, head_dim, dtype=torch.float32) if has_lepe else None
     tensors = (query, key, value, bias, weight, lepe_bias)
-    options = (grid, grid, *window, *second, shift, shift, overlap, overlap, mask_padding, head_dim**-0.5)
+    options = (
+        grid,
+        grid,
+        *window,
+        *second,
+        shift,
+        shift,
+        overlap,
+        overlap,
+        prefix,
+        mask_padding,
+        weighs,
+        head_dim**-0.5,
+    )
     saved = cross_shaped_window.window_fwd(*tensors, *options)
     cross_shaped_window.window_bwd(grad_output, *tensors, *saved, *options)
+
+
+def _run_enhancement(operation, dtype, head_dim):
+    """local_enhancement's launchers on a grid of 56 x 56 after a class token."""
+    size = int(operation.rpartition("_")[2])
+    attention, value, grad_output = (make(8, 4, 1 + 56 * 56, head_dim, dtype=dtype) for _ in range(3))
+    weight, bias = make(4, head_dim, size * size, dtype=torch.float32), make(4, head_dim, dtype=torch.float32)
+    options = (56, 56, 1, size)
+    local_enhancement.local_enhancement_fwd(attention, value, weight, bias, *options)
+    local_enhancement.local_enhancement_bwd(grad_output, attention, value, weight, bias, *options)
 
 
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
         return _run_linear(operation, dtype, head_dim)
-    if operation in WINDOWS:
+    if operation in ENHANCEMENTS:
+        return _run_enhancement(operation, dtype, head_dim)
+    if operation in WINDOWS or operation in MANHATTAN:
         return _run_windows(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
@@ -241,7 +290,7 @@ def work(case):
     results = []
     seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):
-        stage = bound.get("STAGE")
+        stage = bound.get("STAGE", bound.get("SIGN"))
         if (wanted and kernel.__name__ not in wanted) or (kernel.__name__, stage) in seen:
             continue
         seen.add((kernel.__name__, stage))

@@ -1,13 +1,16 @@
 """Attention inside the windows of a token grid, with the tiles of the Triton engine.
 
     S = Q K^T       Z = scale S + bias[h, key - query] + mask       P = softmax(Z)       O = P V + LePE(V)
+    or, where the bias weighs,      Z = scale S + mask       O = (P * bias) V + LePE(V)
     LePE(V)[p] = lepe_bias + sum over 3 x 3 taps t of w[t] V[p + t],   p + t in the window of p
     dP = dO V^T     dZ = P * (dP - delta)     delta_i = sum_j P_ij dP_ij = dO_i . (O - LePE)_i
     dQ = scale dZ K       dK = scale dZ^T Q       dV = P^T dO + sum_t w[t] dO[p - t]
     dbias[h, r, c] = sum of dZ over the pairs at that difference       dw[t] = sum_p dO[p] V[p + t]
+    where it weighs: dP = bias * dO V^T, dV = (P * bias)^T dO + ..., dbias sums P * dO V^T; delta is as above
 
 A window is a set of indices: kernels find the token of each slot by arithmetic (cross_shaped_window_tiles.py), so nothing is
-rolled, padded, partitioned or copied, and one launch serves both halves of the heads.
+rolled, padded, partitioned or copied, and one launch serves both halves of the heads. Tokens before the grid are keys and
+queries of its one window, with bias 0 (or weight 1).
 
 Kernel                     one program owns                     in registers                   streamed
 window_forward             a query block of `share` windows     O, row maximum and sum         keys and values
@@ -26,10 +29,11 @@ occupancy, so most tiles have none; that is a choice by compiled registers, not 
 
 FLOPs per (b, h), N queries that meet K keys each: forward 4 N K D, backward 10 N K D (one tile), else 14 N K D and 4 more for
 a bias. Bytes at e per element: forward 4 N D e, backward 7 N D e (one tile); LePE reads 1 and 3 N D e more where its
-neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, take at most half of the output's bytes, or one head's tile.
-Nothing is atomic: sums are added in a second, ordered stage.
+neighbours hit the cache. Sums of dZ, (splits, heads, N, K) fp32, are made for so many heads and rows of queries at a time that
+they take half of the output's bytes, or 4 MiB (or one row's). Nothing is atomic: sums are added in a second, ordered stage.
 """
 
+import itertools
 import math
 from collections import namedtuple
 
@@ -43,8 +47,11 @@ from . import cross_shaped_window_gradients as gradients
 from . import engine
 from .cross_shaped_window_tiles import (
     Geometry,
+    Prefix,
     bias_centre,
+    bias_code,
     bias_columns,
+    bias_entries,
     convolve,
     head_at,
     load_rows,
@@ -53,6 +60,7 @@ from .cross_shaped_window_tiles import (
     shared_term,
     store_rows,
     token_at,
+    weigh,
 )
 from .tiles import LN2, LOG2E, matmul, narrow
 
@@ -60,12 +68,12 @@ ForwardStrides = namedtuple("ForwardStrides", "query key value output")
 
 
 @triton.jit
-def softmax_step(accumulator, maximum, total, logits, v, PRECISION: tl.constexpr):
+def softmax_step(accumulator, maximum, total, logits, entries, v, WEIGHS: tl.constexpr, PRECISION: tl.constexpr):
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     p = tl.exp2(logits - anchor[:, None])
     decay = tl.exp2(maximum - anchor)
-    accumulator = matmul(narrow(p, v.dtype), v, accumulator * decay[:, None], PRECISION)
+    accumulator = matmul(narrow(weigh(p, entries, WEIGHS), v.dtype), v, accumulator * decay[:, None], PRECISION)
     return accumulator, new_maximum, total * decay + tl.sum(p, 1)
 
 
@@ -88,6 +96,7 @@ def window_forward(
     ONE_TILE: tl.constexpr,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,13 +113,14 @@ def window_forward(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     ly = i // width
     lx = i % width
-    i_code = tl.where(i < height * width, ly * table_columns + lx, 0)
+    i_code = bias_code(ly, lx, i < height * width, table_columns, geometry)
     j = tl.arange(0, BLOCK_N)
     ky = j // key_width
     kx = j % key_width
     if ONE_TILE:
-        j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-        shared = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+        j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+        entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+        shared = shared_term(entries, (j < keys)[None, :], WEIGHS)
     for member in range(chunk * share, tl.minimum(chunk * share + share, batch * rows * columns)):
         b = (member // (rows * columns)).to(tl.int64)
         corner_y = member // columns % rows * height
@@ -134,7 +144,7 @@ def window_forward(
             maximum = tl.max(logits, 1)
             p = tl.exp2(logits - maximum[:, None])
             total = tl.sum(p, 1)
-            accumulator = matmul(narrow(p, v.dtype), v, None, PRECISION)
+            accumulator = matmul(narrow(weigh(p, entries, WEIGHS), v.dtype), v, None, PRECISION)
         else:
             accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -147,13 +157,16 @@ def window_forward(
                     corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
                 )
                 j_valid = j_inside & (j < keys)
-                j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-                term = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+                j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+                weights = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+                term = shared_term(weights, (j < keys)[None, :], WEIGHS)
                 term = own_term(term, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
                 k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
                 v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
                 logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
-                accumulator, maximum, total = softmax_step(accumulator, maximum, total, logits, v, PRECISION)
+                accumulator, maximum, total = softmax_step(
+                    accumulator, maximum, total, logits, weights, v, WEIGHS, PRECISION
+                )
         # in fp64, so that lse is rounded once
         lse = ((maximum.to(tl.float64) + tl.log2(total)) * LN2).to(tl.float32)
         row = logsumexp + (b * num_heads + h) * geometry.grid_h * geometry.grid_w
@@ -175,6 +188,7 @@ def window_forward(
 
 TARGET_PROGRAMS = 2048  # several waves of the largest chip; fixed, so that sums do not depend on the device
 LEPE_CHUNKS = 512
+SMALL_SUMS = 1 << 22  # bytes that the sums of dZ may always take
 REDUCE = table.Configuration(16, 64, 4, 1)
 
 
@@ -205,13 +219,23 @@ def _keys(geometry):
     )
 
 
-def _unit(*tensors):
+def unit_of(*tensors):
     """The largest power of two, up to 16 bytes, that divides every stride but that of head_dim."""
     strides = (stride for t in tensors for stride, size in zip(t.stride()[:3], t.shape) if size > 1)
     return math.gcd(16 // tensors[0].element_size(), *strides)
 
 
-def _options(query, geometry, mask_padding):
+def _geometry(grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w, prefix):
+    """With prefix tokens the one window, which is the grid, becomes one row of all tokens."""
+    if not prefix:
+        return Geometry(
+            *(grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w)
+        )
+    tokens = prefix + grid_h * grid_w
+    return Geometry(*(1, tokens) * 3, 0, 0, 0, 0, Prefix(prefix, grid_h, grid_w))
+
+
+def _options(query, bias, geometry, mask_padding, bias_weighs):
     """mask_padding is only worth a mask where there is padding."""
     padded = geometry.overlap_h + geometry.overlap_w > 0 or any(
         slots * windows > query.shape[2] for slots, windows in _windows(geometry)
@@ -219,16 +243,20 @@ def _options(query, geometry, mask_padding):
     return {
         "SHIFTED": geometry.shift_h + geometry.shift_w > 0,
         "MASKED": mask_padding and padded,
+        "WEIGHS": bias_weighs and bias is not None,
         "HEAD_DIM": query.shape[3],
         "BLOCK_D": table.block_d(query.shape[3]),
         "PRECISION": table.precision(query),
     }
 
 
-def _lean(bias, geometry, options):
-    """Whether the term is one number for all."""
-    overlap = geometry.overlap_h + geometry.overlap_w
-    return bias is None and overlap == 0 and not (options["SHIFTED"] or options["MASKED"])
+def _kind(bias, geometry, options):
+    """What the term of a tile holds: see cross_shaped_window_configurations.py."""
+    if geometry.overlap_h + geometry.overlap_w > 0 or options["SHIFTED"] or options["MASKED"]:
+        return "rich"
+    if bias is None:
+        return "lean"
+    return "weighs" if options["WEIGHS"] else "biased"
 
 
 def _blocks(config):
@@ -237,19 +265,17 @@ def _blocks(config):
 
 def window_fwd(query, key, value, bias, lepe_weight, lepe_bias, *options):
     """(output, logsumexp)"""
-    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
-    if num_prefix_tokens or bias_weighs:
-        raise NotImplementedError
-    geometry = Geometry(*geometry)
+    *geometry, mask_padding, bias_weighs, scale = options
+    geometry = _geometry(*geometry)
     batch, heads, tokens, _ = query.shape
     output = torch.empty_like(query)
     logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
     if query.numel() == 0:
         return output, logsumexp
-    options = _options(query, geometry, mask_padding)
+    options = _options(query, bias, geometry, mask_padding, bias_weighs)
     slots = max(slots for slots, _ in _windows(geometry))
-    unit = _unit(query, key, value, output)
-    config = tuned.forward(query, slots, _keys(geometry), _lean(bias, geometry, options), unit)
+    unit = unit_of(query, key, value, output)
+    config = tuned.fitted("window_forward", query, slots, _keys(geometry), _kind(bias, geometry, options), unit)
     one_tile = _keys(geometry) <= config.block_n
     share = _share(geometry, batch, heads, config.block_m) if one_tile else 1
     strides = ForwardStrides(*(t.stride() for t in (query, key, value, output)))
@@ -272,32 +298,58 @@ def _row_stride(geometry):
     return triton.cdiv(_keys(geometry), 16) * 16
 
 
-def _splits(query, geometry, owners):
-    """(heads of a group, splits of the windows): the sums of dZ of one group take at most half of the output's bytes."""
+def _query_sides(geometry):
+    """Rows and columns of queries that the bias table knows."""
+    return geometry.prefix[1:] if geometry.prefix else (geometry.window_h, geometry.window_w)
+
+
+def _sums(query, geometry, config):
+    """How much of the sums of dZ is held at once: (rows of queries, heads, splits of the windows). Their bytes are at most half
+    of the output's, SMALL_SUMS, or one row's."""
     batch, heads = query.shape[:2]
-    slots, windows = _windows(geometry)[0]
-    budget = query.numel() * query.element_size() // 2 // (4 * slots * _row_stride(geometry))
-    group = max(1, min(heads, budget))
-    return group, max(1, min(budget // group, batch * windows, TARGET_PROGRAMS // (owners * group)))
+    rows, columns = _query_sides(geometry)
+    bytes_of_row = 4 * columns * _row_stride(geometry)
+    budget = max(query.numel() * query.element_size() // 2, SMALL_SUMS) // bytes_of_row
+    band = max(1, min(rows, budget))
+    group = max(1, min(heads, budget // band))
+    owners = triton.cdiv(band * columns, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
+    windows = _windows(geometry)[0][1]
+    splits = max(1, min(budget // (band * group), batch * windows, TARGET_PROGRAMS // (owners * group)))
+    return band, group, triton.cdiv(batch * windows, triton.cdiv(batch * windows, splits))
 
 
-def _reduce_bias(partial, grad_bias, geometry, first_head):
-    splits, heads = partial.shape[:2]
-    rows, columns = grad_bias.shape[1:]
-    table.launch(
-        gradients.reduce_bias,
-        heads * rows * triton.cdiv(columns, REDUCE.block_n),
-        partial.device,
-        REDUCE,
-        *(partial, partial.shape[3], grad_bias, geometry, splits, heads, first_head),
-        BLOCK_X=REDUCE.block_m,
-        LANES=REDUCE.block_n,
-    )
-
-
-def _partial(query, splits, heads, geometry):
-    shape = (splits, heads, geometry.window_h * geometry.window_w, _row_stride(geometry))
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
+def _bias_backward(inputs, statistics, bias, strides, grad_bias, geometry, scale_log2, config, options):
+    query = inputs[0]
+    batch, heads = query.shape[:2]
+    rows, columns = _query_sides(geometry)
+    band, group, splits = _sums(query, geometry, config)
+    share = triton.cdiv(batch * _windows(geometry)[0][1], splits)
+    stride = _row_stride(geometry)
+    partial = torch.empty((splits, group, band * columns, stride), dtype=torch.float32, device=query.device)
+    before = geometry.prefix.tokens if geometry.prefix else 0
+    for head, row in itertools.product(range(0, heads, group), range(0, rows, band)):
+        some_heads, some_rows = min(group, heads - head), min(band, rows - row)
+        slots = some_rows * columns
+        tiles = triton.cdiv(slots, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
+        table.launch(
+            gradients.window_bias_gradient,
+            tiles * some_heads * splits,
+            query.device,
+            config,
+            *(*inputs, *statistics, bias, partial, stride, strides, geometry),
+            *(batch, heads, share, before + row * columns, slots, head, some_heads, splits, scale_log2),
+            **_blocks(config),
+            **options,
+        )
+        table.launch(
+            gradients.reduce_bias,
+            some_heads * grad_bias.shape[1] * triton.cdiv(grad_bias.shape[2], REDUCE.block_n),
+            query.device,
+            REDUCE,
+            *(partial, stride, grad_bias, geometry, splits, row, some_rows, head, some_heads),
+            BLOCK_X=REDUCE.block_m,
+            LANES=REDUCE.block_n,
+        )
 
 
 def _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale):
@@ -316,7 +368,7 @@ def _one_tile_backward(config, inputs, lepe_weight, grads, geometry, scale):
         HEAD_DIM=query.shape[3],
         BLOCK=config.block_m,
         BLOCK_D=table.block_d(query.shape[3]),
-        UNIT=_unit(*inputs, *grads[:3]),
+        UNIT=unit_of(*inputs, *grads[:3]),
         PRECISION=table.precision(query),
     )
 
@@ -327,9 +379,9 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     batch, heads = query.shape[:2]
     strides = gradients.WindowStrides(*(t.stride() for t in (*inputs, *grads[:3])))
     scales = (scale * LOG2E.value, scale)
-    unit = _unit(*inputs, *grads[:3])
-    lean = _lean(bias, geometry, options)
-    config = tuned.tile("window_key_value_gradient", query, lean, unit)
+    unit = unit_of(*inputs, *grads[:3])
+    shape = (max(slots for slots, _ in _windows(geometry)), _keys(geometry), _kind(bias, geometry, options), unit)
+    config = tuned.fitted("window_key_value_gradient", query, *shape)
     table.launch(
         gradients.window_key_value_gradient,
         _launches(geometry, batch, heads, 1, config.block_n),
@@ -340,7 +392,7 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
         **_blocks(config),
         **options,
     )
-    config = tuned.tile("window_query_gradient", query, lean, unit)
+    config = tuned.fitted("window_query_gradient", query, *shape)
     table.launch(
         gradients.window_query_gradient,
         _launches(geometry, batch, heads, 1, config.block_m),
@@ -353,30 +405,12 @@ def _backward(inputs, statistics, bias, lepe_weight, grads, geometry, scale, opt
     )
     if bias is None:
         return
-    config = tuned.tile("window_bias_gradient", query, lean, unit)
-    (slots, windows), _ = _windows(geometry)
-    owners = triton.cdiv(slots, config.block_m) * triton.cdiv(_keys(geometry), config.block_n)
-    group, splits = _splits(query, geometry, owners)
-    share = triton.cdiv(batch * windows, splits)
-    splits = triton.cdiv(batch * windows, share)
-    for first in range(0, heads, group):
-        size = min(group, heads - first)
-        partial = _partial(query, splits, size, geometry)
-        table.launch(
-            gradients.window_bias_gradient,
-            owners * size * splits,
-            query.device,
-            config,
-            *(*inputs, *statistics, bias, partial, partial.shape[3], strides, geometry),
-            *(batch, heads, share, first, size, splits, scales[0]),
-            UNIT=unit,
-            **_blocks(config),
-            **options,
-        )
-        _reduce_bias(partial, grads[3], geometry, first)
+    config = tuned.fitted("window_bias_gradient", query, *shape)
+    options = {**options, "UNIT": unit}
+    _bias_backward(inputs, statistics, bias, strides, grads[3], geometry, scales[0], config, options)
 
 
-def _sum(partial, destination):
+def sum_over_chunks(partial, destination):
     count, size = partial.shape[0], destination.numel()
     table.launch(
         gradients.sum_partials,
@@ -392,7 +426,7 @@ def _sum(partial, destination):
 def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry):
     """grad_lepe_weight and grad_lepe_bias; fills delta, where given, with that of the softmax part."""
     batch, heads, tokens, head_dim = value.shape
-    unit = _unit(output, value, grad_output)
+    unit = unit_of(output, value, grad_output)
     config = tuned.lepe(value, unit)
     blocks = batch * triton.cdiv(tokens, config.block_m)
     share = triton.cdiv(blocks, max(1, LEPE_CHUNKS // heads))
@@ -412,25 +446,23 @@ def _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, gr
         BLOCK_D=table.block_d(head_dim),
         UNIT=unit,
     )
-    _sum(partial_weight, grads[4])
+    sum_over_chunks(partial_weight, grads[4])
     if lepe_bias is not None:
-        _sum(partial_bias, grads[5])
+        sum_over_chunks(partial_bias, grads[5])
 
 
 def window_bwd(grad_output, query, key, value, bias, lepe_weight, lepe_bias, output, logsumexp, *options):
     """(grad_query, grad_key, grad_value, grad_bias, grad_lepe_weight, grad_lepe_bias); empty for an absent parameter"""
-    *geometry, num_prefix_tokens, mask_padding, bias_weighs, scale = options
-    if num_prefix_tokens or bias_weighs:
-        raise NotImplementedError
-    geometry = Geometry(*geometry)
+    *geometry, mask_padding, bias_weighs, scale = options
+    geometry = _geometry(*geometry)
     parameters = (bias, lepe_weight, lepe_bias)
     absent = torch.empty((0,), dtype=torch.float32, device=query.device)
     grads = [torch.empty_like(t) for t in (query, key, value)]
     grads += [absent.clone() if t is None else torch.zeros_like(t) for t in parameters]
     if query.numel() == 0:
         return tuple(grads)
-    options = _options(query, geometry, mask_padding)
-    config = tuned.one_tile(query, _keys(geometry)) if _lean(bias, geometry, options) else None
+    options = _options(query, bias, geometry, mask_padding, bias_weighs)
+    config = tuned.one_tile(query, _keys(geometry)) if _kind(bias, geometry, options) == "lean" else None
     delta = None if config else torch.empty_like(logsumexp)
     if lepe_weight is not None:
         _lepe_backward(grad_output, value, output, lepe_weight, lepe_bias, delta, grads, geometry)

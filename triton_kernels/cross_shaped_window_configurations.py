@@ -2,7 +2,7 @@
 
 Chosen by ahead-of-time compiles, as in configurations.py, at head_dim 24, 30 and 32 and the published windows
 (tests/test_triton_compile.py). No tile here was timed.
-Lean are calls without bias, shift, overlap and padding mask.
+A call is lean without bias and masks, biased or weighs where a bias is all it has, else rich (shift, overlap, padding mask).
 """
 
 import torch
@@ -30,12 +30,18 @@ _SINGLE = {
     "window_bias_gradient": (C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 16, 8, 1), C(16, 16, 4, 1)),
 }
 _TABLE = {("half", True): _HALF, ("half", False): _HALF_RICH, ("single", True): _SINGLE, ("single", False): _SINGLE}
+_ALL_BIASED = ("biased", "weighs", "rich")
 _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an occupancy step
-    ("sm_80", "half", True, "window_key_value_gradient", 0): C(32, 64, 8, 1),
-    ("sm_80", "half", False, "window_key_value_gradient", 0): C(32, 64, 8, 1),
-    ("sm_100", "half", True, "window_key_value_gradient", 0): C(32, 64, 4, 2),
-    ("sm_100", "half", False, "window_forward", 0): C(64, 16, 4, 1),
-    ("sm_120", "half", False, "window_forward", 0): C(64, 16, 4, 1),
+    (family, width, kind, kernel, column): config
+    for family, width, kinds, kernel, column, config in (
+        ("sm_80", "half", ("lean", *_ALL_BIASED), "window_key_value_gradient", 0, C(32, 64, 8, 1)),
+        ("sm_80", "half", ("weighs",), "window_forward", 0, C(64, 16, 4, 1)),
+        ("sm_80", "half", ("weighs",), "window_bias_gradient", 0, C(64, 32, 4, 2)),
+        ("sm_100", "half", ("lean", "biased"), "window_key_value_gradient", 0, C(32, 64, 4, 2)),
+        ("sm_100", "half", _ALL_BIASED, "window_forward", 0, C(64, 16, 4, 1)),
+        ("sm_120", "half", _ALL_BIASED, "window_forward", 0, C(64, 16, 4, 1)),
+    )
+    for kind in kinds
 }
 _INTERPRETED = C(32, 32, 4, 1)
 
@@ -52,23 +58,27 @@ def _rounded(count):
     return max(16, triton.next_power_of_2(count))
 
 
-def tile(kernel, query, lean, unit):
+def tile(kernel, query, kind, unit):
     """Rows that are read by few elements at a time (unit) take more registers: no prefetch, and a smaller tile."""
     interpreted, width, column = _row(query)
     if interpreted:
         return _INTERPRETED
     column += unit == 1 and column < 2
     family = table.architecture(query.device)
-    config = _EXCEPTIONS.get((family, width, lean, kernel, column), _TABLE[width, lean][kernel][column])
+    usual = _TABLE[width, kind == "lean"][kernel][column]
+    config = _EXCEPTIONS.get((family, width, kind, kernel, column), usual)
     return config if unit >= 4 else config._replace(num_stages=1)
 
 
-def forward(query, slots, keys, lean, unit):
+def fitted(kernel, query, slots, keys, kind, unit):
     """Windows that need no whole tile get a smaller one."""
-    config = tile("window_forward", query, lean, unit)
-    block_m = min(config.block_m, _rounded(slots))
-    warps = max(1, config.num_warps * block_m // config.block_m)
-    return C(block_m, min(config.block_n, _rounded(keys)), warps, config.num_stages)
+    config = tile(kernel, query, kind, unit)
+    rows, columns = (slots, keys) if kernel != "window_key_value_gradient" else (slots, slots)
+    block_m, block_n = min(config.block_m, _rounded(rows)), min(config.block_n, _rounded(columns))
+    owned = block_m / config.block_m
+    if kernel != "window_forward":
+        owned *= block_n / config.block_n
+    return C(block_m, block_n, max(1, int(config.num_warps * owned)), config.num_stages)
 
 
 def one_tile(query, slots):

@@ -7,7 +7,10 @@ import triton.language as tl
 
 from .cross_shaped_window_tiles import (
     bias_centre,
+    bias_code,
     bias_columns,
+    bias_entries,
+    bias_sides,
     convolve,
     head_at,
     load_rows,
@@ -18,6 +21,7 @@ from .cross_shaped_window_tiles import (
     store_rows,
     tap_row,
     token_at,
+    weigh,
 )
 from .tiles import _row_statistics, _weights, matmul, narrow
 
@@ -112,6 +116,7 @@ def window_key_value_gradient(
     gradient_scale,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -162,21 +167,22 @@ def window_key_value_gradient(
             near_row * height + i_ly, near_column * width + i_lx, height, width, geometry
         )
         i_valid = i_inside & (i < count)
-        i_code = tl.where(i < count, i_ly * table_columns + i_lx, 0)
+        i_code = bias_code(i_ly, i_lx, i < count, table_columns, geometry)
         ky = ly + (row - near_row) * height + geometry.overlap_h
         kx = lx + (column - near_column) * width + geometry.overlap_w
         reached = (ky >= 0) & (ky < height + 2 * geometry.overlap_h) & (kx >= 0)
         reached = reached & (kx < width + 2 * geometry.overlap_w) & (j < count)
-        j_code = tl.where(reached, ky * table_columns + kx, 0)
-        term = shared_term(centre, i_code[None, :], j_code[:, None], reached[:, None])
+        j_code = bias_code(ky, kx, reached, table_columns, geometry)
+        entries = bias_entries(centre, i_code[None, :], j_code[:, None], geometry, WEIGHS)
+        term = shared_term(entries, reached[:, None], WEIGHS)
         term = own_term(term, i_region[None, :], j_region[:, None], inside[:, None], SHIFTED, MASKED)
         lse, lse_rest, deltas = _row_statistics(logsumexp + statistics, delta + statistics, i_token, i_valid, k.dtype)
         q = load_rows(q_head, strides.query, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
         logits = matmul(k, tl.trans(q), None, PRECISION) * scale_log2 + term
         p = _weights(logits, lse[None, :], lse_rest[None, :], k.dtype)
         do = load_rows(do_head, strides.grad_output, i_token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
-        dv = matmul(narrow(p, q.dtype), do, dv, PRECISION)
-        dp = matmul(v, tl.trans(do), None, PRECISION)
+        dv = matmul(narrow(weigh(p, entries, WEIGHS), q.dtype), do, dv, PRECISION)
+        dp = weigh(matmul(v, tl.trans(do), None, PRECISION), entries, WEIGHS)
         ds = p * (dp - deltas[None, :])
         dk = matmul(narrow(ds, q.dtype), q, dk, PRECISION)
     if lepe_weight is not None:
@@ -209,6 +215,7 @@ def window_query_gradient(
     gradient_scale,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -228,7 +235,7 @@ def window_query_gradient(
     token, inside, i_region = token_at(corner_y + ly, corner_x + lx, height, width, geometry)
     i_valid = inside & (i < height * width)
     table_columns = bias_columns(width, geometry)
-    i_code = tl.where(i < height * width, ly * table_columns + lx, 0)
+    i_code = bias_code(ly, lx, i < height * width, table_columns, geometry)
     statistics = (b * num_heads + h) * geometry.grid_h * geometry.grid_w
     lse, lse_rest, deltas = _row_statistics(
         logsumexp + statistics, delta + statistics, token, i_valid, query.dtype.element_ty
@@ -250,20 +257,21 @@ def window_query_gradient(
             corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
         )
         j_valid = j_inside & (j < keys)
-        j_code = tl.where(j < keys, ky * table_columns + kx, 0)
-        term = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+        j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
+        entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+        term = shared_term(entries, (j < keys)[None, :], WEIGHS)
         term = own_term(term, i_region[:, None], j_region[None, :], j_inside[None, :], SHIFTED, MASKED)
         k = load_rows(k_head, strides.key, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
         v = load_rows(v_head, strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT)
         logits = matmul(q, tl.trans(k), None, PRECISION) * scale_log2 + term
         p = _weights(logits, lse[:, None], lse_rest[:, None], q.dtype)
-        dp = matmul(do, tl.trans(v), None, PRECISION)
+        dp = weigh(matmul(do, tl.trans(v), None, PRECISION), entries, WEIGHS)
         dq = matmul(narrow(p * (dp - deltas[:, None]), k.dtype), k, dq, PRECISION)
     dq_head = head_at(grad_query, strides.grad_query, b, h, UNIT)
     store_rows(dq_head, strides.grad_query, dq * gradient_scale, token, i_valid, HEAD_DIM, BLOCK_D, UNIT)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "first_head", "heads", "splits"])
+@triton.jit(do_not_specialize=[*COUNTS, "first_slot", "slots", "first_head", "heads", "splits"])
 def window_bias_gradient(
     query,
     key,
@@ -279,12 +287,15 @@ def window_bias_gradient(
     batch,
     num_heads,
     share,
+    first_slot,
+    slots,
     first_head,
     heads,
     splits,
     scale_log2,
     SHIFTED: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -292,33 +303,35 @@ def window_bias_gradient(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a tile of the windows of one head, dZ summed over one split of them.
+    """One program: a tile of the windows of one head, dZ summed over one split of them; where the bias weighs, P * dO V^T.
 
-    partial (splits, heads, N, stride): the keys of a row, filled up to a multiple of 16 for wide stores.
+    Queries first_slot .. first_slot + slots - 1 only. partial (splits, heads, slots, stride): the keys of a row, filled up to
+    a multiple of 16 for wide stores.
     """
     height = geometry.window_h
     width = geometry.window_w
     rows = tl.cdiv(geometry.grid_h, height)
     columns = tl.cdiv(geometry.grid_w, width)
     key_width = width + 2 * geometry.overlap_w
-    count = height * width
     keys = (height + 2 * geometry.overlap_h) * key_width
     blocks = tl.cdiv(keys, BLOCK_N)
-    tiles = tl.cdiv(count, BLOCK_M) * blocks
+    tiles = tl.cdiv(slots, BLOCK_M) * blocks
     program = tl.program_id(0)
     part = (program // tiles).to(tl.int64)  # split * heads + head
     h = first_head + part % heads
-    i = program % tiles // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = program % tiles // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first_slot + place
     j = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     ly = i // width
     lx = i % width
     ky = j // key_width
     kx = j % key_width
     table_columns = bias_columns(width, geometry)
-    i_code = tl.where(i < count, ly * table_columns + lx, 0)
-    j_code = tl.where(j < keys, ky * table_columns + kx, 0)
+    i_code = bias_code(ly, lx, place < slots, table_columns, geometry)
+    j_code = bias_code(ky, kx, j < keys, table_columns, geometry)
     centre = bias_centre(bias, h, height, width, geometry)
-    shared = shared_term(centre, i_code[:, None], j_code[None, :], (j < keys)[None, :])
+    entries = bias_entries(centre, i_code[:, None], j_code[None, :], geometry, WEIGHS)
+    shared = shared_term(entries, (j < keys)[None, :], WEIGHS)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     begin = (part // heads).to(tl.int32) * share
     for member in range(begin, tl.minimum(begin + share, batch * rows * columns)):
@@ -329,7 +342,7 @@ def window_bias_gradient(
         j_token, j_inside, j_region = token_at(
             corner_y + ky - geometry.overlap_h, corner_x + kx - geometry.overlap_w, height, width, geometry
         )
-        i_valid = i_inside & (i < count)
+        i_valid = i_inside & (place < slots)
         j_valid = j_inside & (j < keys)
         statistics = (b * num_heads + h) * geometry.grid_h * geometry.grid_w
         q = load_rows(
@@ -346,18 +359,33 @@ def window_bias_gradient(
             head_at(value, strides.value, b, h, UNIT), strides.value, j_token, j_valid, HEAD_DIM, BLOCK_D, UNIT
         )
         dp = matmul(do, tl.trans(v), None, PRECISION)
-        total += p * (dp - deltas[:, None])
-    tile = partial + part * count * stride
-    tl.store(tile + i[:, None] * stride + j[None, :], total, mask=(i < count)[:, None] & (j < stride)[None, :])
+        if WEIGHS:  # dW = P * dO V^T: delta is not subtracted
+            total += p * dp
+        else:
+            total += p * (dp - deltas[:, None])
+    pointers = partial + (part * slots + place)[:, None] * stride + j[None, :]
+    tl.store(pointers, total, mask=(place < slots)[:, None] & (j < stride)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "heads", "first_head"])
+@triton.jit(do_not_specialize=["splits", "band_begin", "band", "first_head", "heads"])
 def reduce_bias(
-    partial, stride, grad_bias, geometry, splits, heads, first_head, BLOCK_X: tl.constexpr, LANES: tl.constexpr
+    partial,
+    stride,
+    grad_bias,
+    geometry,
+    splits,
+    band_begin,
+    band,
+    first_head,
+    heads,
+    BLOCK_X: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """One program: LANES entries of a row of a head's table, summed in order over splits and the pairs at that difference."""
-    height = geometry.window_h
-    width = geometry.window_w
+    """One program: LANES entries of a row of a head's table, summed in order over splits and the pairs at that difference.
+
+    partial holds `band` rows of queries from band_begin; every band but the first adds to what is there.
+    """
+    height, width = bias_sides(geometry.window_h, geometry.window_w, geometry)
     key_height = height + 2 * geometry.overlap_h
     key_width = width + 2 * geometry.overlap_w
     rows = height + key_height - 1
@@ -368,8 +396,8 @@ def reduce_bias(
     row = program // blocks % rows
     head = (program // blocks // rows).to(tl.int64)
     dy = row - (height - 1)  # key row minus query row
-    first = tl.maximum(-dy, 0)
-    last = tl.minimum(height, key_height - dy)
+    first = tl.maximum(-dy, band_begin)
+    last = tl.maximum(tl.minimum(band_begin + band, key_height - dy), first)
     steps = tl.cdiv(width, BLOCK_X)
     total = tl.zeros((BLOCK_X, LANES), tl.float32)
     for step in range(0, splits * (last - first) * steps):
@@ -377,11 +405,16 @@ def reduce_bias(
         y = first + step // steps % (last - first)
         split = step // steps // (last - first)
         key_x = x[:, None] + entry[None, :] - (width - 1)
-        tile = partial + (split * heads + head) * height * width * stride
-        pointers = tile + (y * width + x[:, None]) * stride + (y + dy) * key_width + key_x
+        query_row = ((split * heads + head) * band + (y - band_begin)) * width
+        pointers = partial + (query_row + x)[:, None] * stride + ((y + dy) * key_width + key_x)
+        if geometry.prefix is not None:
+            pointers += geometry.prefix.tokens
         total += tl.load(pointers, mask=(x < width)[:, None] & (key_x >= 0) & (key_x < key_width), other=0.0)
     destination = grad_bias + ((first_head + head) * rows + row) * columns + entry
-    tl.store(destination, tl.sum(total, 0), mask=entry < columns)
+    result = tl.sum(total, 0)
+    if band_begin > 0:
+        result += tl.load(destination, mask=entry < columns, other=0.0)
+    tl.store(destination, result, mask=entry < columns)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "chunks"])

@@ -3,7 +3,11 @@
 A slot is a place of a window, row-major. The window covers rolled positions of the padded grid; position Y is padded row
 (Y + shift) mod padded height, which is image row y = that - top. A slot outside the image is a zero key and no query.
 
-The term of a tile is what is added to scale_log2 S: log2(e) times bias and mask, -inf at keys that do not exist.
+The term of a tile is what is added to scale_log2 S: log2(e) times bias and mask, -inf at keys that do not exist. A bias that
+weighs is no part of it: it multiplies P.
+
+Prefix tokens. Where one window is the whole grid, tokens may come before it. Such a call is, for its geometry, one window of
+one row of all tokens; only the place of a slot in the bias table is then found on the true grid, in Prefix.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +18,14 @@ import triton.language as tl
 from .tiles import LOG2E, narrow
 
 SHIFTED_APART = tl.constexpr(-100.0)
+
+
+class Prefix(NamedTuple):
+    """So many tokens before a grid of rows x columns."""
+
+    tokens: Any
+    rows: Any
+    columns: Any
 
 
 class Geometry(NamedTuple):
@@ -29,6 +41,7 @@ class Geometry(NamedTuple):
     shift_w: Any
     overlap_h: Any
     overlap_w: Any
+    prefix: Any = None
 
 
 # ---- rows; UNIT divides every stride but the last, and tells the compiler how wide a load may be ----
@@ -107,12 +120,22 @@ def token_at(y, x, height, width, geometry):
     return y * geometry.grid_w + x, y_inside & x_inside, y_wrapped.to(tl.int32) * 2 + x_wrapped.to(tl.int32)
 
 
-# ---- terms ----
+# ---- bias and terms ----
+
+
+@triton.jit
+def bias_sides(height, width, geometry):
+    """Rows and columns of queries that the table of a window knows."""
+    if geometry.prefix is None:
+        return height, width
+    else:
+        return geometry.prefix.rows, geometry.prefix.columns
 
 
 @triton.jit
 def bias_columns(width, geometry):
-    return 2 * width + 2 * geometry.overlap_w - 1
+    _, columns = bias_sides(width, width, geometry)
+    return 2 * columns + 2 * geometry.overlap_w - 1
 
 
 @triton.jit
@@ -121,18 +144,49 @@ def bias_centre(bias, h, height, width, geometry):
     if bias is None:
         return None
     else:
-        columns = bias_columns(width, geometry)
+        height, width = bias_sides(height, width, geometry)
+        columns = 2 * width + 2 * geometry.overlap_w - 1
         rows = 2 * height + 2 * geometry.overlap_h - 1
         return bias + h * rows * columns + (height - 1) * columns + width - 1
 
 
 @triton.jit
-def shared_term(centre, i_code, j_code, j_exists):
-    """What all windows of a head add alike. Codes, row * columns of the table + column, differ by the entry of a pair."""
+def bias_code(y, x, exists, table_columns, geometry):
+    """Codes, row * columns of the table + column, differ by the entry of a pair; negative: a prefix token, which has none."""
+    if geometry.prefix is None:
+        return tl.where(exists, y * table_columns + x, 0)
+    else:
+        place = tl.maximum(x - geometry.prefix.tokens, 0)
+        code = place // geometry.prefix.columns * table_columns + place % geometry.prefix.columns
+        return tl.where(exists & (x >= geometry.prefix.tokens), code, -1)
+
+
+@triton.jit
+def bias_entries(centre, i_code, j_code, geometry, WEIGHS: tl.constexpr):
+    """The bias of a tile; None without one."""
     if centre is None:
+        return None
+    elif geometry.prefix is None:
+        return tl.load(centre + (j_code - i_code))
+    else:
+        return tl.load(centre + (j_code - i_code), mask=(i_code | j_code) >= 0, other=1.0 if WEIGHS else 0.0)
+
+
+@triton.jit
+def shared_term(entries, j_exists, WEIGHS: tl.constexpr):
+    """What all windows of a head add alike."""
+    if entries is None or WEIGHS:
         return tl.where(j_exists, 0.0, float("-inf"))
     else:
-        return tl.where(j_exists, tl.load(centre + (j_code - i_code)) * LOG2E, float("-inf"))
+        return tl.where(j_exists, entries * LOG2E, float("-inf"))
+
+
+@triton.jit
+def weigh(p, entries, WEIGHS: tl.constexpr):
+    """P, or P * W where the bias weighs; of dO V^T likewise dP."""
+    if WEIGHS:
+        p = p * entries
+    return p
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Operator
-from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register, triton_kernel
 from ..reference.retention import decay_logits
 from .cross_shaped_window import window
 from .retention import check_decay
@@ -37,7 +37,7 @@ local_enhancement = Operator(
 weight: (H, D, size * size), tap (y, x) at y * size + x; bias: (H, D); contiguous float32.
 """
 
-register("manhattan_attention", (Backend("cpu", cpu_kernel), REFERENCE))
+register("manhattan_attention", (Backend("cpu", cpu_kernel), Backend("triton", triton_kernel), REFERENCE))
 
 
 def manhattan_attention(
