@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <tuple>
 
 #include "emulator.h"
@@ -15,6 +16,12 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
   const std::tuple<Parameters...> values(arguments...);
   emulator::run(grid, block, shared, [&] { std::apply(kernel, values); });
+}
+
+// That of an H200, or what EFFATTN_EMULATOR_SHARED says (RTX 50: 101376, A100: 166912).
+inline size_t shared_memory_limit() {
+  const char* bytes = std::getenv("EFFATTN_EMULATOR_SHARED");
+  return bytes != nullptr ? std::strtoul(bytes, nullptr, 10) : 232448;
 }
 
 // An integer that knows the line where it became an index.
