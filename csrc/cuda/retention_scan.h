@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
   using ScoreTile = ScanTile<T, kChunk, kChunk, true>;
   using OutputTile = ScanTile<T, kChunk, kWidth>;
   using StateTile = ScanTile<T, kSlice, kWidth>;
-  constexpr int kStep = ScoreTile::kStep;
+  constexpr int kStep = ScoreTile::kStep, kUnroll = ScoreTile::kUnroll;
 
   SharedMemory shared;
   const auto queries = shared.array<T>(kStages * kChunk * kSlicePitch);
@@ -206,9 +206,8 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
 #pragma unroll
     for (int which = 0; which < kStates; ++which) output[which].clear();
 
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      if (slice >= slices) break;
+#pragma unroll 1
+    for (int slice = 0; slice < slices; ++slice) {
       cp_async_wait<0>();
       sync_block();
       const auto query_slice = queries.from(stage * kChunk * kSlicePitch);
@@ -242,7 +241,7 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
       }
 
       const int depth = min(kSlice, a.depth - slice * kSlice);
-#pragma unroll
+#pragma unroll kUnroll
       for (int step = 0; step < kSlice; step += kStep) {
         if (!has_rows || step >= depth) break;
         const auto left = ScoreTile::left(query_slice, kSlicePitch, step);
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
       StateTile added[kStates];
 #pragma unroll
       for (int which = 0; which < kStates; ++which) added[which].clear();
-#pragma unroll
+#pragma unroll kUnroll
       for (int step = 0; step < kChunk; step += kStep) {
         if (step >= count) break;
         const auto left = StateTile::left_transposed(key_slice, kSlicePitch, step);
@@ -269,11 +268,15 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
       }
 #pragma unroll
       for (int which = 0; which < kStates; ++which) added[which].flush();
-      if constexpr (kDecay) {
-        state[1][slice].accumulate(count * kUnit, state[0][slice]);
-        state[1][slice].advance(whole_decay, added[1]);
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {  // registers have no index
+        if (s != slice) continue;
+        if constexpr (kDecay) {
+          state[1][s].accumulate(count * kUnit, state[0][s]);
+          state[1][s].advance(whole_decay, added[1]);
+        }
+        state[0][s].advance(whole_decay, added[0]);
       }
-      state[0][slice].advance(whole_decay, added[0]);
 
       if (kStages == 1 && !(ends && last)) {
         sync_block();
@@ -315,7 +318,7 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
 #pragma unroll
       for (int r = 0; r < OutputTile::kRun; ++r) run[r] *= entering;
     });
-#pragma unroll
+#pragma unroll kUnroll
     for (int step = 0; step < kChunk; step += kStep) {
       if (step >= count || step >= OutputTile::triangle_depth()) break;
       output[0].add(OutputTile::left(scratch, kScorePitch, step), chunk_values, kPitch, step);

@@ -24,7 +24,7 @@ class ScanTile {
   static_assert(kRows == 64 && kColumns % 32 == 0);
 
  public:
-  static constexpr int kStep = 16, kRun = 2, kFragments = kColumns / 16;
+  static constexpr int kStep = 16, kUnroll = 4, kRun = 2, kFragments = kColumns / 16;
 
   using Left = MatrixLeft;
 
@@ -125,7 +125,7 @@ class ScanTile<float, kRows, kColumns, kScores> {
   static constexpr int kRowsEach = kRows / 16, kColumnsEach = kColumns / 16;
 
  public:
-  static constexpr int kStep = 4, kRun = kScores ? 1 : kColumnsEach;
+  static constexpr int kStep = 4, kUnroll = 1, kRun = kScores ? 1 : kColumnsEach;
 
   using Left = RowsLeft<kRowsEach>;
 

@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <tuple>
 
 #include "emulator.h"
@@ -18,11 +17,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   emulator::run(grid, block, shared, [&] { std::apply(kernel, values); });
 }
 
-// That of an H200, or what EFFATTN_EMULATOR_SHARED says (RTX 50: 101376, A100: 166912).
-inline size_t shared_memory_limit() {
-  const char* bytes = std::getenv("EFFATTN_EMULATOR_SHARED");
-  return bytes != nullptr ? std::strtoul(bytes, nullptr, 10) : 232448;
-}
+inline size_t shared_memory_limit() { return emulator::shared_memory_limit(); }
 
 // An integer that knows the line where it became an index.
 struct Index {
