@@ -8,14 +8,16 @@
 // scan that runs from the last token to the first. kDecay: instead of O, the sum of dO . dO/dw, which takes
 //
 //   dO_i/dw = e_i (q_i (T + n_i S)) + sum over j <= i of (i - j) (s gamma^(i - j) q_i . k_j) v_j,  n_i = i + 1 (or i)
-//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j,                            m_j = C - 1 - j (or C - j)
+//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j,                            m_j = C - 1 - j (or
+//   C - j)
 //
 // T, n, m, i - j stand here divided by 64, so that the largest of them is 1.
 //
 // A block of 8 warps owns a (sequence, head) and kWidth columns of v. Registers hold S (and T) in float32, kDepth x
 // kWidth over 256 threads, and a chunk's scores and outputs. Shared memory holds q and k, 64 tokens by a slice of the
 // depth (16-bit: 64, the next slice under way; float32: 32), v twice, S in the type of q for the product q S, and in
-// turns the weighted v and the weighted scores. Nothing else is written. S passes the chunk's decay as S + expm1(C w) S.
+// turns the weighted v and the weighted scores. Nothing else is written. S passes the chunk's decay as S + expm1(C w)
+// S.
 //
 // A chunk and block: 2 C (C (depth + width) + 2 depth width) FLOPs; from L2 C (2 depth + width) elements, q and k once
 // for each tile of columns.
@@ -167,9 +169,8 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
       float largest = 0;
 #pragma unroll
       for (int which = 0; which < kStates; ++which)
-        each_of_state(which, [&](int, int, auto& run) {
-          largest = fmaxf(largest, fmaxf(fabsf(run[0]), fabsf(run[1])));
-        });
+        each_of_state(
+            which, [&](int, int, auto& run) { largest = fmaxf(largest, fmaxf(fabsf(run[0]), fabsf(run[1]))); });
       largest = block_reduce(largest, Max(), warp_sums);
       const int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - 14;
       if (exponent > 0) {
@@ -375,14 +376,12 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
       each_of_state(1, [&](int row, int column, auto& run) {
 #pragma unroll
         for (int r = 0; r < StateTile::kRun; ++r)
-          if (row < a.depth && column + r < width)
-            dot = fmaf(*state_at(a.grad_state, row, column + r), run[r], dot);
+          if (row < a.depth && column + r < width) dot = fmaf(*state_at(a.grad_state, row, column + r), run[r], dot);
       });
       total += dot;
     }
     total = block_reduce(total, Sum(), warp_sums.template as<double>());
-    if (thread_index() == 0)
-      a.sums[(sequence * tiles + tile) * a.heads + head] = static_cast<float>(total * kChunk);
+    if (thread_index() == 0) a.sums[(sequence * tiles + tile) * a.heads + head] = static_cast<float>(total * kChunk);
   }
 }
 

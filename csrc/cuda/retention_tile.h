@@ -212,8 +212,7 @@ class ScanTile<float, kRows, kColumns, kScores> {
 #pragma unroll
     for (int i = 0; i < kRowsEach; ++i)
 #pragma unroll
-      for (int j = 0; j < kColumnsEach; ++j)
-        sum_[i][j] = fmaf(decay, sum_[i][j], sum_[i][j]) + added.sum_[i][j];
+      for (int j = 0; j < kColumnsEach; ++j) sum_[i][j] = fmaf(decay, sum_[i][j], sum_[i][j]) + added.sum_[i][j];
   }
 
  private:

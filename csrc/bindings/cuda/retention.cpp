@@ -1,6 +1,6 @@
-#include "tensors.h"
-
 #include <algorithm>
+
+#include "tensors.h"
 
 namespace effattn::bindings::cuda {
 namespace {
@@ -12,8 +12,8 @@ constexpr int64_t kLongestChunk = 64;
 Tensor tokens_of(const Device& device, const TorchTensor& tensor, const Tensor* like, const char* name, int64_t most) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must be (B, H, N, D)");
   const Tensor x = view(device, tensor, name);
-  STD_TORCH_CHECK(x.size[3] >= 1 && x.size[3] <= most, name, "'s last dimension must be in 1..", most, ", got ",
-      x.size[3]);
+  STD_TORCH_CHECK(
+      x.size[3] >= 1 && x.size[3] <= most, name, "'s last dimension must be in 1..", most, ", got ", x.size[3]);
   if (like != nullptr) {
     STD_TORCH_CHECK(x.dtype == like->dtype, name, " and query must share one dtype");
     for (int d = 0; d < 3; ++d)
@@ -68,8 +68,7 @@ Retention arguments_of(const Device& device, TorchTensor& query, TorchTensor& ke
   if (cu_seqlens) {
     STD_TORCH_CHECK(batch == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "cu_seqlens needs a batch of 1");
     a.sequences = cu_seqlens->size(0) - 1;
-    a.bounds =
-        contiguous_data<const int32_t>(device, *cu_seqlens, ScalarType::Int, {a.sequences + 1}, "cu_seqlens");
+    a.bounds = contiguous_data<const int32_t>(device, *cu_seqlens, ScalarType::Int, {a.sequences + 1}, "cu_seqlens");
   }
   if (initial_state)
     a.initial_state = contiguous_data<const float>(device, *initial_state, ScalarType::Float,
@@ -93,8 +92,8 @@ std::tuple<TorchTensor, TorchTensor> retention_fwd(TorchTensor query, TorchTenso
     TorchTensor log_decay, std::optional<TorchTensor> initial_state, std::optional<TorchTensor> row_scale,
     std::optional<TorchTensor> cu_seqlens, bool is_causal, int64_t chunk_size, bool return_state, double scale) {
   const Device device(query);
-  Retention a = arguments_of(device, query, key, value, log_decay, initial_state, row_scale, cu_seqlens, is_causal,
-      chunk_size, scale);
+  Retention a = arguments_of(
+      device, query, key, value, log_decay, initial_state, row_scale, cu_seqlens, is_causal, chunk_size, scale);
   TorchTensor output = empty_like_query(device, query, a.value.size[3]);
   TorchTensor state = return_state ? empty_state(device, a) : device.empty({0}, aoti_torch_dtype_float32());
   a.output = view(device, output, "output");
@@ -109,14 +108,13 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> rete
     std::optional<TorchTensor> initial_state, std::optional<TorchTensor> row_scale,
     std::optional<TorchTensor> cu_seqlens, bool is_causal, int64_t chunk_size, bool return_state, double scale) {
   const Device device(query);
-  (void)return_state;
   effattn::cuda::RetentionGradient g = {};
-  g.of = arguments_of(device, query, key, value, log_decay, initial_state, row_scale, cu_seqlens, is_causal,
-      chunk_size, scale);
+  g.of = arguments_of(
+      device, query, key, value, log_decay, initial_state, row_scale, cu_seqlens, is_causal, chunk_size, scale);
   const Retention& a = g.of;
   g.grad_output = value_of(device, grad_output, a.query);
   STD_TORCH_CHECK(g.grad_output.size[3] == a.value.size[3], "grad_output must have value's sizes");
-  if (grad_state)
+  if (grad_state && return_state)  // else it is a compiled graph's zeros for the state that is (0,)
     g.grad_state = contiguous_data<const float>(device, *grad_state, ScalarType::Float,
         {a.sequences, a.query.size[1], a.query.size[3], a.value.size[3]}, "grad_state");
   TorchTensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
@@ -147,23 +145,23 @@ TorchTensor take_step(const Device& device, TorchTensor& query, TorchTensor& key
   return output;
 }
 
-std::tuple<TorchTensor, TorchTensor> retention_step(TorchTensor query, TorchTensor key, TorchTensor value,
-    TorchTensor log_decay, TorchTensor state, double scale) {
+std::tuple<TorchTensor, TorchTensor> retention_step(
+    TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor log_decay, TorchTensor state, double scale) {
   const Device device(query);
-  const float* old = contiguous_data<const float>(device, state, ScalarType::Float,
-      {query.size(0), query.size(1), query.size(3), value.size(3)}, "state");
+  const float* old = contiguous_data<const float>(
+      device, state, ScalarType::Float, {query.size(0), query.size(1), query.size(3), value.size(3)}, "state");
   TorchTensor new_state = torch::stable::empty_like(state);
-  TorchTensor output = take_step(
-      device, query, key, value, log_decay, old, scale, static_cast<float*>(new_state.data_ptr()));
+  TorchTensor output =
+      take_step(device, query, key, value, log_decay, old, scale, static_cast<float*>(new_state.data_ptr()));
   return {std::move(output), std::move(new_state)};
 }
 
-TorchTensor retention_step_(TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor log_decay,
-    TorchTensor state, double scale) {
+TorchTensor retention_step_(
+    TorchTensor query, TorchTensor key, TorchTensor value, TorchTensor log_decay, TorchTensor state, double scale) {
   const Device device(query);
   STD_TORCH_CHECK(state.is_contiguous(), "state must be contiguous to be written in place");
-  float* data = contiguous_data<float>(device, state, ScalarType::Float,
-      {query.size(0), query.size(1), query.size(3), value.size(3)}, "state");
+  float* data = contiguous_data<float>(
+      device, state, ScalarType::Float, {query.size(0), query.size(1), query.size(3), value.size(3)}, "state");
   return take_step(device, query, key, value, log_decay, data, scale, data);
 }
 
