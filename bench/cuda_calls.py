@@ -50,6 +50,25 @@ def shift_add_attention(device: str) -> Iterator[Tensor]:
                 yield effattn.shift_add_attention(q, k, v, binarize=binarize, residual_weight=weight, backend="cuda")
 
 
+def retention(device: str) -> Iterator[Tensor]:
+    decay = effattn.retnet_log_decay(3, dtype=torch.float32, device=device).requires_grad_()
+    packed = torch.tensor([0, 5, 5, 133], dtype=torch.int32, device=device)
+    for dtype in DTYPES:
+        for key_dim, value_dim in ((24, 33), (130, 40), (200, 300)):
+            q, k = (torch.randn(1, 3, 133, key_dim, device=device).to(dtype).requires_grad_() for _ in range(2))
+            v = torch.randn(1, 3, 133, value_dim, device=device).to(dtype).requires_grad_()
+            state = torch.randn(3, 3, key_dim, value_dim, device=device, requires_grad=True)
+            with_state = {"initial_state": state, "return_state": True, "cu_seqlens": packed}
+            yield torch.cat([x.flatten() for x in effattn.retention(q, k, v, decay, **with_state, backend="cuda")])
+            for options in ({"normalize": "retnet", "chunk_size": 17}, {"is_causal": False}):
+                yield effattn.retention(q, k, v, decay, **options, backend="cuda")
+            token = [x.detach()[:, :, :1] for x in (q, k, v)]
+            for inplace in (False, True):
+                yield effattn.retention_step(
+                    *token, decay.detach(), state.detach()[:1].clone(), inplace=inplace, backend="cuda"
+                )[0]
+
+
 def main() -> int:
     if not _native.cuda_loaded:
         print(f"no CUDA kernels: {_native.cuda_problem}")
@@ -60,6 +79,7 @@ def main() -> int:
         shift_linear(67, device),
         packed_bits(device),
         shift_add_attention(device),
+        retention(device),
     ):
         for result in results:
             if result.requires_grad:

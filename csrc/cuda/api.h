@@ -124,4 +124,45 @@ struct HammingAttentionGradient {
 int64_t hamming_attention_gradient_workspace(const HammingAttentionGradient& arguments);
 void hamming_attention_gradient(const HammingAttentionGradient& arguments, void* workspace, void* stream);
 
+// ---- Retention
+// -------------------------------------------------------------------------------------------------------------
+
+struct Retention {
+  Tensor query, key;           // (B, H, N, Dk), any strides, one dtype, Dk <= 256
+  Tensor value;                // (B, H, N, Dv), any strides, Dv <= 512
+  const float* log_decay;      // (H,)
+  const float* initial_state;  // (sequences, H, Dk, Dv) contiguous, or null
+  const float* row_scale;      // (B, H, N) contiguous, or null
+  const int32_t* bounds;       // (sequences + 1,) where B = 1 packs them, or null: B sequences
+  int64_t sequences;
+  bool is_causal;
+  int chunk_size;  // 1 to 64
+  float scale;
+  Tensor output;  // (B, H, N, Dv)
+  float* state;   // as initial_state, or null
+};
+int64_t retention_workspace(const Retention& arguments);
+void retention(const Retention& arguments, void* workspace, void* stream);
+
+struct RetentionGradient {
+  Retention of;             // without output and state
+  Tensor grad_output;       // (B, H, N, Dv), any strides
+  const float* grad_state;  // as initial_state, or null
+  Tensor grad_query, grad_key, grad_value;
+  float* grad_log_decay;      // (H,)
+  float* grad_initial_state;  // or null
+};
+int64_t retention_gradient_workspace(const RetentionGradient& arguments);
+void retention_gradient(const RetentionGradient& arguments, void* workspace, void* stream);
+
+struct RetentionStep {
+  Tensor query, key, value;  // (B, H, 1, D), any strides, one dtype
+  const float* log_decay;    // (H,)
+  const float* state;        // (B, H, Dk, Dv) contiguous
+  float scale;
+  Tensor output;     // (B, H, 1, Dv)
+  float* new_state;  // as state; may be the same memory
+};
+void retention_step(const RetentionStep& arguments, void* stream);
+
 }  // namespace effattn::cuda

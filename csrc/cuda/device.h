@@ -80,6 +80,14 @@ void launch(
   check(cudaLaunchKernelEx(&configuration, kernel, arguments...));
 }
 
+// Bytes of shared memory that a block may ask for on the current device.
+inline size_t shared_memory_limit() {
+  int device, bytes;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<size_t>(bytes);
+}
+
 // ---- Shared memory
 
 // A pointer into shared memory. Elements: a[i], a[i] = x. Several at once, aligned to their size: a.load<4>(i),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Op, Operator
-from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register
 from ..reference.retention import powers, xpos_rotation
 
 NORMALIZE = ("none", "retnet")
@@ -91,8 +91,17 @@ step_inplace = Op(
 )
 """One token, (B, H, 1, D); log_decay (H,) and state (B, H, Dk, Dv) contiguous float32."""
 
-register("retention", (Backend("cpu", cpu_kernel), REFERENCE))
-register("retention_step", (Backend("cpu", cpu_kernel), REFERENCE))
+LONGEST_CUDA_CHUNK = 64
+
+
+def _cuda_scan(problem: Problem) -> tuple[bool, str]:
+    if problem.chunk_size > LONGEST_CUDA_CHUNK:
+        return False, f"chunks of {problem.chunk_size} tokens are above {LONGEST_CUDA_CHUNK}"
+    return cuda_kernel(problem)
+
+
+register("retention", (Backend("cpu", cpu_kernel), Backend("cuda", _cuda_scan), REFERENCE))
+register("retention_step", (Backend("cpu", cpu_kernel), Backend("cuda", cuda_kernel), REFERENCE))
 
 
 def retention(

@@ -17,6 +17,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   emulator::run(grid, block, shared, [&] { std::apply(kernel, values); });
 }
 
+inline size_t shared_memory_limit() { return emulator::shared_memory_limit(); }
+
 // An integer that knows the line where it became an index.
 struct Index {
   template <class Integer>

@@ -352,6 +352,11 @@ std::string at(const Where& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
+size_t shared_memory_limit() {
+  const char* const bytes = getenv("EFFATTN_EMULATOR_SHARED");
+  return bytes != nullptr ? strtoull(bytes, nullptr, 10) : kMaxShared;
+}
+
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
   const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
   if (blocks == 0) return;
@@ -359,9 +364,9 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kern
     throw std::runtime_error("CUDA emulator: a block of " + std::to_string(block.x) + " x " + std::to_string(block.y) +
                              " x " + std::to_string(block.z) + " threads is not one-dimensional and whole warps");
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("CUDA emulator: a grid has at most 65535 in y and z");
-  if (shared > kMaxShared)
+  if (shared > shared_memory_limit())
     throw std::runtime_error("CUDA emulator: " + std::to_string(shared) + " bytes of shared memory, some chips have " +
-                             std::to_string(kMaxShared));
+                             std::to_string(shared_memory_limit()));
 
   const char* const seed = getenv("EFFATTN_EMULATOR_SEED");
   Launch launch{grid, block, shared, kernel, seed ? strtoull(seed, nullptr, 10) : 0, {}, {}, {}, {}};

@@ -82,6 +82,9 @@ extern std::string (*describe_address)(const void* address);
 [[noreturn]] void fail(const std::string& message);
 std::string at(const Where& where);
 
+// Bytes that a block may ask for: what every chip has, or EFFATTN_EMULATOR_SHARED (A100: 166912, H200: 232448).
+size_t shared_memory_limit();
+
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel);
 void sync_block(Where where);
 void sync_warp(Where where);

@@ -70,9 +70,11 @@ class Device {
       strides[d] = next;
       next *= sizes.begin()[d];
     }
+    return empty_strided(sizes.begin(), strides, static_cast<int64_t>(sizes.size()), dtype);
+  }
+  TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) const {
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, type_, index_, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type_, index_, &handle));
     return TorchTensor(handle);
   }
 
