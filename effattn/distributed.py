@@ -24,6 +24,7 @@ from .ops.retention import NORMALIZE, _check_state, _chunk, _tensors, check_deca
 from .reference.retention import powers
 
 WORD = 1 << 24  # counts below it are exact in float32
+BLOCK = 2048  # tokens that are copied to float32 at a time
 
 
 def sequence_parallel_retention(
@@ -150,11 +151,15 @@ def _after_slice(key: Tensor, value: Tensor, log_decay: Tensor, normalized: bool
     """L, (B, H, Dk, Dv), of one slice; normalized: one row more, the sum of the decays."""
     exact = torch.promote_types(key.dtype, torch.float32)
     left = _remaining(log_decay, key.shape[2])[1]
+    state = key.new_zeros((*key.shape[:2], key.shape[3], value.shape[3]), dtype=exact)
     with torch.autocast(key.device.type, enabled=False):
-        state = (key.to(exact) * left.to(exact)[..., None]).mT @ value.to(exact)
+        for part in _blocks(key.shape[2]):
+            weighted = key[:, :, part].to(exact) * left[:, part, None].to(exact)
+            state += weighted.mT @ value[:, :, part].to(exact)
     if not normalized:
         return state
-    return torch.cat((state, left.sum(-1).to(exact)[:, None, None].expand(*state.shape[:2], 1, state.shape[3])), 2)
+    sums = left.sum(-1).to(exact)[:, None, None]
+    return torch.cat((state, sums.expand(*state.shape[:2], 1, state.shape[3])), 2)
 
 
 def _slice_gradients(key, value, log_decay, before, later, normalized: bool):
@@ -165,13 +170,20 @@ def _slice_gradients(key, value, log_decay, before, later, normalized: bool):
     if normalized:
         later, sums = later[:, :, :-1], later[:, :, -1]
         grad_decay = grad_decay + (distance * left).sum(-1) * sums.sum((0, 2), dtype=torch.float64)
-    left = left.to(later.dtype)[..., None]
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     with torch.autocast(key.device.type, enabled=False):
-        grad_key = left * (value.to(later.dtype) @ later.mT)
-        grad_value = (left * key.to(later.dtype)) @ later
-    by_token = (key * grad_key).sum((0, 3), dtype=torch.float64)
-    grad_decay = grad_decay + (distance * by_token).sum(-1)
-    return grad_key.to(key.dtype), grad_value.to(value.dtype), grad_decay.to(log_decay.dtype)
+        for part in _blocks(count):
+            weight, block = left[:, part, None].to(later.dtype), key[:, :, part].to(later.dtype)
+            by_key = weight * (value[:, :, part].to(later.dtype) @ later.mT)
+            grad_key[:, :, part] = by_key
+            grad_value[:, :, part] = (weight * block) @ later
+            by_token = (block * by_key).sum((0, 3), dtype=torch.float64)
+            grad_decay = grad_decay + (distance[part] * by_token).sum(-1)
+    return grad_key, grad_value, grad_decay.to(log_decay.dtype)
+
+
+def _blocks(count: int):
+    return (slice(begin, begin + BLOCK) for begin in range(0, count, BLOCK))
 
 
 def _remaining(log_decay: Tensor, count: int) -> tuple[Tensor, Tensor]:

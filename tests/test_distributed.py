@@ -184,8 +184,9 @@ def test_tokens_beyond_what_float32_counts_exactly_are_counted(alone, monkeypatc
     assert log_decay.mul(got).exp().item() == math.exp(-count * 2.0**-30)
 
 
-def test_backward_of_layers_in_a_row_and_of_only_the_state(alone):
-    """The state of one call is the initial state of the next."""
+def test_backward_of_calls_in_a_row_and_of_only_the_state(alone, monkeypatch):
+    """The state of one call is the initial state of the next; each slice is several blocks."""
+    monkeypatch.setattr(effattn.distributed, "BLOCK", 4)
     query, key, value = torch.randn(3, 1, 2, 10, 4, dtype=torch.float64).requires_grad_()
     log_decay = effattn.retnet_log_decay(2).requires_grad_()
     options = {"backend": "reference", "return_state": True}
