@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import backends_of, require
 from published_retention import RMTRetention
 
 import effattn
@@ -16,14 +17,24 @@ from effattn.nn import ManhattanAttention
 
 DIM, HEADS = 24, 3
 GRIDS = [(4, 5), (6, 3), (1, 7), (7, 1)]
+every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
 every_form = pytest.mark.parametrize("decomposed", [False, True], ids=["full", "decomposed"])
 
 
-def both(decomposed, initial=2.0, heads_range=4.0, **options):
+@pytest.fixture(autouse=True)
+def _available(request):
+    if "backend" in request.fixturenames:
+        backend = request.getfixturevalue("backend")
+        if backend not in backends_of("manhattan_attention"):
+            pytest.skip(f"manhattan_attention has no backend {backend}")
+        require("manhattan_attention", backend)
+
+
+def both(decomposed, initial=2.0, heads_range=4.0, backend="reference", **options):
     """The published module with weights that matter, and ours that loaded its state dict."""
     published = RMTRetention(DIM, HEADS, decomposed, initial, heads_range)
     ours = ManhattanAttention(
-        DIM, HEADS, decomposed=decomposed, initial=initial, heads_range=heads_range, backend="reference", **options
+        DIM, HEADS, decomposed=decomposed, initial=initial, heads_range=heads_range, backend=backend, **options
     )
     assert not any(ours.load_state_dict(published.state_dict(), strict=True))
     assert ours.state_dict().keys() == published.state_dict().keys()
@@ -53,13 +64,15 @@ def test_in_float64_the_module_is_the_published_one(grid, decomposed):
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-12 * largest(tensor, grad))
 
 
+@every_backend
 @every_form
-def test_in_float32_the_module_is_as_exact_as_the_published_one(decomposed):
-    published, ours = both(decomposed)
-    x, grad = torch.randn(2, 2, 4, 5, DIM)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_lower_precision_the_module_is_as_exact_as_the_published_one(dtype, decomposed, backend):
+    published, ours = (module.to(dtype) for module in both(decomposed, backend=backend))
+    x, grad = torch.randn(2, 2, 4, 5, DIM).to(dtype)
     low, got = (results(module, x, grad) for module in (published, ours))
     for name, ref in results(published.double(), x.double(), grad.double()).items():
-        eps = torch.finfo(torch.float32).eps * largest(ref, grad)
+        eps = torch.finfo(dtype).eps * largest(ref, grad)
         allowed = (2 if name == "output" else 3) * largest(low[name] - ref) + 4 * eps
         assert largest(got[name] - ref) <= allowed, name
 
@@ -171,10 +184,11 @@ def test_autocast_computes_in_bfloat16_and_trains_the_parameters_in_float32():
     assert (out - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@every_backend
 @every_form
-def test_a_training_step_compiles_to_one_graph(decomposed):
+def test_a_training_step_compiles_to_one_graph(decomposed, backend):
     torch._dynamo.reset()
-    module = ManhattanAttention(DIM, HEADS, decomposed=decomposed, learnable_decay=True, backend="reference")
+    module = ManhattanAttention(DIM, HEADS, decomposed=decomposed, learnable_decay=True, backend=backend)
     x, grad = torch.randn(2, 2, 3, 4, DIM)
     wanted = results(module, x, grad)
     got = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x, grad)

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import backends_of, require
 from published_retention import RetNetRetention, ViRRetention, retnet_gammas
 
 import effattn
@@ -20,8 +21,19 @@ FORMS = {
     "chunkwise": {"method": "chunkwise", "chunk_size": 3},
     "recurrent": {"method": "recurrent"},
 }
+every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
 every_form = pytest.mark.parametrize("form", FORMS)
 DIM, VALUE_DIM, HEADS = 16, 24, 4
+
+
+@pytest.fixture(autouse=True)
+def _available(request):
+    if "backend" in request.fixturenames:
+        backend = request.getfixturevalue("backend")
+        for op in ("retention", "retention_step"):
+            if backend not in backends_of(op):
+                pytest.skip(f"{op} has no backend {backend}")
+            require(op, backend)
 
 
 def close(got, wanted, tolerance=1e-12):
@@ -89,15 +101,37 @@ def test_the_gate_may_be_gelu():
     assert not torch.allclose(ours(x), retnet()[1](x))
 
 
-def test_in_float32_the_module_is_as_exact_as_the_published_one():
-    published, ours = retnet()
-    x, grad = torch.randn(2, 2, 12, DIM)
-    exact = results(published, x.double(), grad.double())
-    low, got = (results(module.float(), x, grad) for module in (published, ours))
+def assert_as_exact(got, low, exact, grad):
+    """Two roundings more than the operator has are allowed, those of two projections."""
     for name, ref in exact.items():
-        eps = torch.finfo(torch.float32).eps * max(ref.abs().max().item(), grad.abs().max().item())
+        eps = torch.finfo(got[name].dtype).eps * max(ref.abs().max().item(), grad.abs().max().item())
         factor = 2 if name == "output" else 3
         assert (got[name] - ref).abs().max() <= factor * (low[name] - ref).abs().max() + 4 * eps, name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_lower_precision_the_module_is_as_exact_as_the_published_one(dtype, backend):
+    published, ours = retnet(eps=1e-2, backend=backend)
+    published, ours = published.to(dtype), ours.to(dtype)
+    x, grad = torch.randn(2, 2, 12, DIM).to(dtype)
+    low, got = results(published, x, grad, form="recurrent"), results(ours, x, grad)
+    exact = results(published.double(), x.double(), grad.double(), form="recurrent")
+    assert_as_exact(got, low, exact, grad)
+
+
+@every_backend
+def test_in_float32_decoding_is_as_exact_as_the_published_recurrence(backend):
+    published, ours = retnet(eps=1e-3, backend=backend)
+    x = torch.randn(2, 40, DIM)
+    exact = published(x.double(), "recurrent")
+    low = published.float()(x, "recurrent")
+    ours.float()
+    with torch.no_grad():
+        prefix, state = ours(x[:, :9], return_state=True)
+        middle, state = ours(x[:, 9:20], state, return_state=True)
+        rest, _ = decode(ours, x[:, 20:], state, inplace=True)
+    assert_as_exact({"output": torch.cat((prefix, middle, rest), 1)}, {"output": low}, {"output": exact}, exact)
 
 
 def test_value_is_twice_as_wide_by_default():
@@ -357,10 +391,11 @@ def test_autocast_computes_in_bfloat16_and_trains_the_parameters_in_float32(make
     assert (out - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@every_backend
 @every_module
-def test_a_training_step_compiles_to_one_graph(make):
+def test_a_training_step_compiles_to_one_graph(make, backend):
     torch._dynamo.reset()
-    module = make(learnable_decay=True)
+    module = make(learnable_decay=True, backend=backend)
     x, grad = torch.randn(2, 2, 9, DIM)
     wanted = results(module, x, grad)
     got = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x, grad)
@@ -368,9 +403,10 @@ def test_a_training_step_compiles_to_one_graph(make):
         torch.testing.assert_close(got.get(name, got.get(f"_orig_mod.{name}")), tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_decoding_step_compiles_once_for_all_positions():
+@every_backend
+def test_a_decoding_step_compiles_once_for_all_positions(backend):
     torch._dynamo.reset()
-    module, x = MAKERS["retnet"]().eval(), torch.randn(2, 12, DIM)
+    module, x = MAKERS["retnet"](backend=backend).eval(), torch.randn(2, 12, DIM)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
     with torch.no_grad():
