@@ -90,7 +90,6 @@ def run_rank(case: Case, index: int, group, batches: list) -> dict[str, torch.Te
             normalize=case.normalize,
             initial_state=leaves.get("initial_state"),
             return_state=case.state,
-            backend="reference",
         )
     output, state = results if case.state else (results, None)
     found = {"sent forward": list(batches), "output": output.detach()}
