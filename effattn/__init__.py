@@ -5,7 +5,15 @@ import importlib
 from . import nn, reference
 from ._registry import explain
 from ._version import __version__
-from .masks import CrossShapedWindow, GaussianMixtureMask, ShiftAdd, StructuredMask, Window
+from .masks import (
+    CrossShapedWindow,
+    GaussianMixtureMask,
+    ManhattanDecay,
+    RetentionDecay,
+    ShiftAdd,
+    StructuredMask,
+    Window,
+)
 from .ops import (
     add_matmul,
     binary_matmul,
@@ -31,7 +39,9 @@ from .packed import PackedShiftWeight, quantize_power_of_two
 __all__ = [
     "CrossShapedWindow",
     "GaussianMixtureMask",
+    "ManhattanDecay",
     "PackedShiftWeight",
+    "RetentionDecay",
     "ShiftAdd",
     "StructuredMask",
     "Window",
@@ -39,6 +49,7 @@ __all__ = [
     "add_matmul",
     "binary_matmul",
     "cross_shaped_window_attention",
+    "distributed",
     "explain",
     "gaussian_mixture_attention",
     "hamming_attention",
@@ -63,6 +74,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "integrations":  # loaded when it is asked for
-        return importlib.import_module(".integrations", __name__)
+    if name in ("distributed", "integrations"):  # loaded when they are asked for
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

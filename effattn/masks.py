@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 from .reference import mixture_mask, window_mask
 from .reference.cross_shaped_window import stripe_window
+from .reference.retention import decay_logits, manhattan_distance
 
 
 class StructuredMask:
@@ -282,3 +283,150 @@ class ShiftAdd(StructuredMask):
     def __repr__(self) -> str:
         shape = None if self.residual_weight is None else tuple(self.residual_weight.shape)
         return f"ShiftAdd(binarize={self.binarize!r}, residual_weight={shape})"
+
+
+class RetentionDecay(StructuredMask):
+    """Replaces softmax attention by retention: scores that decay with the distance of two tokens.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=RetentionDecay(log_decay))`` equals ``retention(q, k, v,
+    log_decay)``, which documents the formula and the arguments. It is another attention and not a mask of the stock one:
+    there are no softmax weights, so that ``dropout_p`` has nothing to act on and is refused, and ``dense()`` does not
+    exist. Whether it is causal is an option of the mask, since the function takes no ``is_causal`` beside one.
+
+    Args:
+        log_decay: (H,), natural logarithm of gamma, at most 0; it receives a gradient.
+        is_causal: False: scores decay to both sides.
+        normalize: "none" or "retnet".
+        method, chunk_size, cu_seqlens: as :func:`effattn.retention`.
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.retention`.
+
+    Source:
+        Retentive Network, arXiv 2307.08621, section 2.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 12, 8)
+        >>> log_decay = effattn.retnet_log_decay(2)
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=effattn.RetentionDecay(log_decay))
+        >>> torch.equal(out, effattn.retention(query, key, value, log_decay))
+        True
+    """
+
+    def __init__(
+        self,
+        log_decay: Tensor,
+        *,
+        is_causal: bool = True,
+        normalize: str = "none",
+        method: str = "auto",
+        chunk_size: int | None = None,
+        cu_seqlens: Tensor | None = None,
+    ):
+        self.log_decay, self.is_causal, self.normalize = log_decay, is_causal, normalize
+        self.method, self.chunk_size, self.cu_seqlens = method, chunk_size, cu_seqlens
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        if dropout_p != 0.0:
+            raise ValueError(f"RetentionDecay: dropout_p must be 0 (there are no attention weights), got {dropout_p}")
+        return ops.retention(
+            *(query, key, value, self.log_decay),
+            is_causal=self.is_causal,
+            scale=scale,
+            normalize=self.normalize,
+            method=self.method,
+            chunk_size=self.chunk_size,
+            cu_seqlens=self.cu_seqlens,
+            backend=backend,
+        )
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError("RetentionDecay is no mask of softmax attention and has no dense form")
+
+    def __repr__(self) -> str:
+        return (
+            f"RetentionDecay(heads={len(self.log_decay)}, is_causal={self.is_causal}, normalize={self.normalize!r}, "
+            f"method={self.method!r})"
+        )
+
+
+class ManhattanDecay(StructuredMask):
+    """Attention that decays with the Manhattan distance of two tokens on their grid.
+
+    ``F.scaled_dot_product_attention(q, k, v, attn_mask=ManhattanDecay(log_decay, grid))`` equals
+    ``manhattan_attention(q, k, v, log_decay, grid)``, which documents the formula and the arguments.
+
+    Args:
+        log_decay: (H,), natural logarithm of gamma, at most 0; it receives a gradient.
+        grid: (h, w), rows and columns of the token grid.
+        decomposed: attend along rows and then along columns.
+        decay: "logits" or "weights".
+        num_prefix_tokens: tokens before the grid (class tokens), at distance 0 from all.
+        lce_weight, lce_bias: the depthwise convolution of value that is added to the output; they receive gradients.
+
+    Raises:
+        TypeError, ValueError: on use, as :func:`effattn.manhattan_attention`.
+
+    Source:
+        RMT, arXiv 2309.11523, section 3.
+
+    Example:
+        >>> import torch, effattn
+        >>> import torch.nn.functional as F
+        >>> query, key, value = torch.randn(3, 1, 2, 12, 8)
+        >>> mask = effattn.ManhattanDecay(effattn.rmt_log_decay(2), (3, 4))
+        >>> out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        >>> dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.dense().float())
+        >>> torch.allclose(out, dense, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        log_decay: Tensor,
+        grid: tuple[int, int],
+        *,
+        decomposed: bool = False,
+        decay: str = "logits",
+        num_prefix_tokens: int = 0,
+        lce_weight: Tensor | None = None,
+        lce_bias: Tensor | None = None,
+    ):
+        self.log_decay, self.grid = log_decay, grid
+        self.decomposed, self.decay, self.num_prefix_tokens = decomposed, decay, num_prefix_tokens
+        self.lce_weight, self.lce_bias = lce_weight, lce_bias
+
+    def attend(self, query, key, value, *, dropout_p=0.0, scale=None, backend="auto") -> Tensor:
+        return ops.manhattan_attention(
+            *(query, key, value, self.log_decay, self.grid),
+            decomposed=self.decomposed,
+            decay=self.decay,
+            num_prefix_tokens=self.num_prefix_tokens,
+            lce_weight=self.lce_weight,
+            lce_bias=self.lce_bias,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+
+    def dense(self) -> Tensor:
+        """The additive mask log_decay * D, (H, N, N), in log_decay's dtype.
+
+        Raises:
+            NotImplementedError: decomposed, with decay="weights" or with LCE no mask says the same.
+        """
+        if self.decomposed or self.decay != "logits" or self.lce_weight is not None:
+            raise NotImplementedError(
+                f"{self!r} is decomposed, multiplies the weights or adds to the output, so no dense mask is the same"
+            )
+        return decay_logits(
+            self.log_decay, manhattan_distance(self.grid, self.num_prefix_tokens, self.log_decay.device)
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"ManhattanDecay(heads={len(self.log_decay)}, grid={self.grid}, decomposed={self.decomposed}, "
+            f"decay={self.decay!r}, num_prefix_tokens={self.num_prefix_tokens}, lce={self.lce_weight is not None})"
+        )

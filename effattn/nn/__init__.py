@@ -2,7 +2,9 @@
 
 from .cross_shaped_window import CrossShapedWindowAttention, OverlappingCrossAttention, WindowAttention
 from .gaussian_mixture import GaussianMixtureAttention
+from .manhattan import ManhattanAttention
 from .mixture_of_primitives import MixtureOfPrimitives, balance_loss, measure_expert_latency
+from .retention import MultiScaleRetention, VisionRetention
 from .shift_add import ShiftAddAttention
 from .shift_linear import FrozenShiftLinear, ShiftLinear
 
@@ -10,10 +12,13 @@ __all__ = [
     "CrossShapedWindowAttention",
     "FrozenShiftLinear",
     "GaussianMixtureAttention",
+    "ManhattanAttention",
     "MixtureOfPrimitives",
+    "MultiScaleRetention",
     "OverlappingCrossAttention",
     "ShiftAddAttention",
     "ShiftLinear",
+    "VisionRetention",
     "WindowAttention",
     "balance_loss",
     "measure_expert_latency",
