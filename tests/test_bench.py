@@ -6,10 +6,9 @@ import time
 
 import pytest
 import torch
-from effattn.bench import accuracy, cli, cswin, memory, photographs, report, runner
+from effattn.bench import accuracy, ceilings, cli, cswin, memory, photographs, report, runner
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
 
-import effattn
 
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")
@@ -118,6 +117,8 @@ def test_the_command_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.overhead, "call_overhead", lambda: {cli.asked.STOCK: 1.0})
     monkeypatch.setattr(cli.overhead, "import_time", lambda repeats: 1.0)
     monkeypatch.setattr(cli, "FULL", runner.Effort(0.05, 4, 3))
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "REPEATS", 1)
     files = tmp_path / "run.json", tmp_path / "run.png"
     threads = torch.get_num_threads()
     try:
@@ -167,14 +168,6 @@ def test_arguments_that_fit_nothing_are_refused(arguments, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert "error" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not effattn._native.loaded, reason="needs the compiled extension")
-@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_every_operator_keeps_its_accuracy_budget(dtype):
-    entries = accuracy.measure("cpu", dtypes=[dtype])
-    assert {entry.operator for entry in entries} >= {"gaussian_mixture_attention", "scaled_dot_product_attention"}
-    assert [entry for entry in entries if entry.used > 1] == []
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
