@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import bench_retention as decays
 from . import cswin, memory, photographs
 from .bench_attention import ADDITIVE, ADDITIVE_3D
 from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
@@ -22,7 +23,7 @@ from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
 from .overhead import STOCK
 from .window_peers import ON_WINDOWS
 
-MIXTURE, WINDOWS = "gaussian_mixture", "cross_shaped_window"
+MIXTURE, WINDOWS, RETENTION = "gaussian_mixture", "cross_shaped_window", "retention"
 
 
 class Figure(NamedTuple):
@@ -47,6 +48,8 @@ def figures(report, *, build: bool) -> list[Figure]:
         found += _shift_add_figures(report)
     if WINDOWS in measured:
         found += _window_figures(report)
+    if RETENTION in measured:
+        found += _retention_figures(report) + _doubling_figures(report)
     if MIXTURE in measured:
         found += _memory_figures(report.ceilings.threads)
     extra = None
@@ -170,6 +173,71 @@ def _window_figures(report) -> list[Figure]:
         return [*figures, Figure(what, 1.5, None, False)]
     what += f" (attention for free: {backbone.limit:.2f})"
     return [*figures, Figure(what, 1.5, backbone.ratio, False)]
+
+
+def _retention_figures(report) -> list[Figure]:
+    """Float32."""
+    rows = {(r.case, r.direction): r for r in report.rows if r.family == RETENTION and r.dtype == torch.float32}
+
+    def times(case, peer, direction=FORWARD) -> float | None:
+        row = rows.get((case, direction))
+        return row.ratio(peer) if row else None
+
+    figures = []
+    for case in (case for case in families()[RETENTION].cases if case.asked):
+        if case.operator == decays.RETENTION:
+            for peer, bound in ((decays.CAUSAL, 15.0), (decays.PARALLEL, 100.0), (decays.CHUNKWISE, 2.5)):
+                what = f"retention forward, N={case.tokens}: faster than {peer} by"
+                figures.append(Figure(what, bound, times(case, peer), False))
+            ratio = times(case, decays.CHUNKWISE, BACKWARD)
+            what = f"retention forward+backward, N={case.tokens}: faster than {decays.CHUNKWISE} by"
+            figures.append(Figure(what, 2.0, ratio, False))
+        elif case.operator == decays.STEP:
+            for name in (OURS, decays.INPLACE):
+                share = _share_of_copying(rows.get((case, FORWARD)), name, report.ceilings.copy)
+                what = f"retention_step {case.name}, {name}: share of copy bandwidth"
+                figures.append(Figure(what, 0.6, share, False))
+        elif case.operator == decays.FULL:
+            ratio = times(case, UNMASKED)
+            what = f"Manhattan forward {case.name}: time over unmasked SDPA"
+            figures.append(Figure(what, 0.85, 1 / ratio if ratio else None, True))
+        elif case.operator == decays.DECOMPOSED:
+            ratio = times(case, decays.PUBLISHED)
+            what = f"Manhattan decomposed forward {case.name}: faster than published by"
+            figures.append(Figure(what, 4.0, ratio, False))
+    return figures
+
+
+def _share_of_copying(row, name: str, copy: float) -> float | None:
+    """Bytes that have to move per second, over the bytes per second of a copy."""
+    result = row.results.get(name) if row else None
+    return row.bytes / (1e-3 * result.ms) / copy if result and result.ms and copy else None
+
+
+def _doubling_figures(report) -> list[Figure]:
+    """How time, and extra memory in fresh processes, grow when a sequence doubles: 2 where both are O(N)."""
+    rows = {(r.case, r.direction): r for r in report.rows if r.family == RETENTION and r.dtype == torch.float32}
+    cases = [case for case in families()[RETENTION].cases if case.operator == decays.DOUBLING]
+    figures = []
+    for direction, passes in ((FORWARD, "forward"), (BACKWARD, "forward+backward")):
+        timed, peaks = [], []
+        for case in cases:
+            result = rows[case, direction].results.get(OURS) if (case, direction) in rows else None
+            timed.append(result.ms if result and result.ms else None)
+            fresh = (RETENTION, case, 0, "float32", direction, OURS, report.ceilings.threads)
+            peaks.append(memory.in_own_process(*fresh) if timed[-1] else None)
+        for what, measured in (("time", timed), ("extra memory", peaks)):
+            for n, (case, half, whole) in enumerate(zip(cases, measured, measured[1:])):
+                growth = whole / half if half and whole else None
+                figures.append(
+                    Figure(
+                        f"{what}, retention {passes}, N={case.tokens} -> {cases[n + 1].tokens}: grows",
+                        2.3,
+                        growth,
+                        True,
+                    )
+                )
+    return figures
 
 
 def _memory_figures(threads: int) -> list[Figure]:

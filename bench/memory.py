@@ -59,7 +59,7 @@ def in_own_process(
 ) -> int | None:
     """The same in a fresh process, so that nothing an earlier case left behind can serve this one.
 
-    ``case`` is measured on a grid of ``side`` x ``side`` tokens.
+    ``case`` is measured on a grid of ``side`` x ``side`` tokens; as it is where ``side`` is 0.
     """
     arguments = [family, families()[family].cases.index(case), side, dtype, direction, contender, threads]
     command = [sys.executable, "-m", "effattn.bench.memory", *map(str, arguments)]
@@ -74,7 +74,8 @@ def _main(family_name, index, side, dtype, direction, contender_name, threads) -
     family = families()[family_name]
     case = family.cases[int(index)]
     side = int(side)
-    case = dataclasses.replace(case, grid=(side, side), tokens=case.num_prefix_tokens + side * side)
+    if side:
+        case = dataclasses.replace(case, grid=(side, side), tokens=case.num_prefix_tokens + side * side)
     operator = family.operators[case.operator]
     contender = next(c for c in operator.contenders if c.name == contender_name)
     warm_up("cpu")

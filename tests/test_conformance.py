@@ -198,7 +198,7 @@ def test_inputs_are_not_written(case, backend):
     require(case.op, backend)
     shape, device = small(backend), device_of(backend)
     options = case.options(shape)
-    for layout in ("contiguous", "packed", "sliced", "expanded_heads"):
+    for layout in ("packed", "expanded_heads", *(() if is_slow(backend) else ("contiguous", "sliced"))):
         tensors, placed = case.tensors(shape, device=device), {}
         for name, tensor in tensors.items():
             placed[name] = Placed(tensor, layout if name in ("query", "key", "value") else "contiguous")
@@ -257,9 +257,12 @@ def test_gradients_of_a_subset_are_those_of_all(case, backend):
     tensors, options = case.tensors(shape, device=device), case.options(shape)
     grad_output = case.grad_output(shape, device=device)
     everything = run(case, tensors, options, backend, grad_output)
-    for name in case.differentiable:
-        alone = run(case, tensors, options, backend, grad_output, wrt=(name,))
-        assert torch.equal(alone.gradients[name], everything.gradients[name])
+    names = case.differentiable
+    subsets = (names[::2], names[1::2]) if is_slow(backend) else [(name,) for name in names]
+    for subset in subsets:
+        some = run(case, tensors, options, backend, grad_output, wrt=subset)
+        for name in subset:
+            assert torch.equal(some.gradients[name], everything.gradients[name])
     with torch.no_grad():
         assert not case(tensors, options, backend).requires_grad
 

@@ -195,6 +195,8 @@ def test_fixed_point_activations_are_bit_exact(backend, dtype, bits, shape):
     require("shift_linear", backend)
     if backend == "triton" and device_of(backend) == "cpu" and shape[0] * shape[1] * shape[2] > 9000:
         pytest.skip("slow here")
+    if is_slow(backend) and bits != 4 and dtype != torch.float32:
+        pytest.skip("slow here: every dtype meets one code and every code one dtype")
     x, packed, bias = draw(*shape, bits=bits, dtype=dtype)
     x[0, 0] = 3e4  # sums wrap around
     x[-1, -1] = -7e9  # is clamped
@@ -254,7 +256,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype, activation):
     for m in rows:
         x, packed, bias = draw(m, 64 if is_slow(backend) else 300, 33, dtype=dtype, device=device_of(backend))
         results = []
-        for threads in (1, 2, 1):
+        for threads in (1, 2) if is_slow(backend) else (1, 2, 1):
             torch.set_num_threads(threads)
             results.append(shift_linear(x, packed, bias, activation=activation, backend=backend))
         assert torch.equal(results[0], results[1])

@@ -69,12 +69,15 @@ def cases():
             ]
         )
     chosen = [
-        (operation, family, "bfloat16", head_dim, ENGINE)
-        for operation in ("gaussian_mixture", "masked_product")
+        (operation, family, "bfloat16", head_dim, _largest_with_its_configuration(family, "half", lean, head_dim))
+        for operation, lean in (("gaussian_mixture", True), ("masked_product", False))
         for family in CUDA
         for head_dim in HEAD_DIMS
     ]
-    chosen += [("gaussian_mixture", "sm_80", "float32", head_dim, ENGINE) for head_dim in HEAD_DIMS]
+    chosen += [
+        ("gaussian_mixture", "sm_80", "float32", d, _largest_with_its_configuration("sm_80", "single", True, d))
+        for d in HEAD_DIMS
+    ]
     chosen += [("gaussian_mixture", family, "float32", 64, ("forward",)) for family in CUDA if family != "sm_80"]
     chosen += [("gaussian_mixture", "cdna", "bfloat16", 64, ENGINE)]
     chosen += [
@@ -115,6 +118,18 @@ def cases():
         ("local_enhancement_5", "sm_100", "bfloat16", 32, ("enhance", "enhancement_gradient")),
     ]
     return chosen
+
+
+def _largest_with_its_configuration(family, width, lean, head_dim):
+    """The engine's kernels whose configuration the next larger head_dim does not take too."""
+    table, larger = configurations.configurations(), [d for d in HEAD_DIMS if d > head_dim][:1]
+    return tuple(
+        kernel
+        for kernel in ENGINE
+        if not any(
+            table[family, width, lean, kernel, d] == table[family, width, lean, kernel, head_dim] for d in larger
+        )
+    )
 
 
 def compile_all(cases, directory):
