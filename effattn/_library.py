@@ -218,7 +218,8 @@ class Fused(torch.autograd.Function):
         ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
         saved = outputs[operator.num_results :]
         ctx.save_for_backward(*args[:count], *(outputs[:1] if operator.saves_output else ()), *saved)
-        ctx.mark_non_differentiable(*saved)
+        if saved:
+            ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(operator.num_results == 1)
 
     @staticmethod

@@ -348,6 +348,16 @@ def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float64, devi
 
     Args:
         num_heads: H. From h = 20 on, 1 - 2 ** (-5 - h) is 1 in float32; its logarithm is not 0.
+        dtype, device: of the result.
+
+    Returns:
+        Tensor: (H,).
+
+    Raises:
+        TypeError, ValueError: ``num_heads`` is no integer or below 0.
+
+    Source:
+        Retentive Network, arXiv 2307.08621, section 2.2; ViR, arXiv 2310.19731.
 
     Example:
         >>> import effattn
@@ -361,7 +371,21 @@ def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float64, devi
 def rmt_log_decay(
     num_heads: int, initial: float = 2.0, range: float = 4.0, *, dtype: torch.dtype = torch.float64, device=None
 ) -> Tensor:
-    """RMT's decays: log(1 - 2 ** (-initial - range * h / H)), (H,), in float64.
+    """RMT's decays: log(1 - 2 ** (-initial - range * h / H)), (H,), exact to the last bits of float64.
+
+    Args:
+        num_heads: H.
+        initial, range: at least 0; published 2, and 4 to 6 by the size of the model.
+        dtype, device: of the result.
+
+    Returns:
+        Tensor: (H,).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+
+    Source:
+        RMT, arXiv 2309.11523; ``RetNetRelPos2d`` of its code.
 
     Example:
         >>> import effattn

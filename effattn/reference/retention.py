@@ -15,7 +15,6 @@ Manhattan    D_ij = |y_i - y_j| + |x_i - x_j|, 0 where i or j is a prefix token
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -64,15 +63,11 @@ def retention(
         output, state = _one_sequence(query, key, value, log_decay, initial_state, **options)
         return (output, state) if return_state else output
     bounds = cu_seqlens.tolist()
-    results = [
-        _one_sequence(
-            *(t[:, :, begin:end] for t in (query, key, value)),
-            log_decay,
-            None if initial_state is None else initial_state[index : index + 1],
-            **options,
-        )
-        for index, (begin, end) in enumerate(itertools.pairwise(bounds))
-    ]
+    results = []
+    for index, end in enumerate(bounds[1:]):
+        own = (t[:, :, bounds[index] : end] for t in (query, key, value))
+        state = None if initial_state is None else initial_state[index : index + 1]
+        results.append(_one_sequence(*own, log_decay, state, **options))
     if not results:  # of no sequence and so of no token: an empty batch
         results = [_one_sequence(query[:0], key[:0], value[:0], log_decay, None, **options)]
         results[0] = (query.new_zeros(value.shape), results[0][1])
