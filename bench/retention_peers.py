@@ -88,12 +88,13 @@ def chunkwise(how: Same = uncompiled) -> Callable[[Case, Inputs, bool], Call]:
 
         def retention(query, key, value):
             query, key, value = (t.unflatten(2, (-1, length)) for t in (query, key, value))
-            output = (query @ key.mT * inside) @ value
+            times, plus = (torch.mul, torch.add) if training else (Tensor.mul_, Tensor.add_)
+            output = times(query @ key.mT, inside) @ value
             before = handed_on(((key * left).mT @ value).unbind(2))
-            output = output + (query * entering) @ before
+            output = plus(output, (query * entering) @ before)
             if both_ways:
                 after = handed_on(((key * ahead).mT @ value).flip(2).unbind(2)).flip(2)
-                output = output + (query * leaving) @ after
+                output = plus(output, (query * leaving) @ after)
             return output.flatten(2, 3)
 
         retention = how(retention)
