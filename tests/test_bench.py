@@ -10,7 +10,6 @@ import torch
 from effattn.bench import accuracy, asked, ceilings, cli, cswin, memory, photographs, report, runner
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
 
-
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")
     for family in families().values()
