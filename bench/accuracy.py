@@ -196,6 +196,79 @@ def _windows(batch, heads, grid, head_dim, window, small=False, **options) -> Pr
     return Problem("window_attention", shape, make, call, reference, small)
 
 
+def _retention(batch, heads, tokens, head_dim, value_dim=None, small=False, state=False, **options) -> Problem:
+    """Decays are RetNet's."""
+    value_dim = value_dim or head_dim
+    extra = options.get("normalize") == "retnet"
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        tensors["value"] = torch.randn(batch, heads, tokens, value_dim, generator=generator).to(dtype)
+        tensors["log_decay"] = effattn.retnet_log_decay(heads, dtype=torch.float32)
+        if state:
+            rows = torch.randn(batch, heads, head_dim, value_dim, generator=generator)
+            sums = 10 * torch.rand(batch, heads, 1, 1, generator=generator).expand(-1, -1, -1, value_dim)
+            tensors["initial_state"] = torch.cat((rows, sums), 2) if extra else rows
+        return tensors
+
+    def call(t, backend):
+        return effattn.retention(**t, **options, backend=backend)
+
+    def reference(t):
+        method = {"recurrent": 1, "parallel": None}.get(options.get("method"), 64)
+        chunk = options.get("chunk_size", method) if options.get("is_causal", True) else None
+        kept = {name: value for name, value in options.items() if name not in ("method", "chunk_size")}
+        return effattn.reference.retention(**t, **kept, chunk_size=chunk)
+
+    details = [str(v) if k in ("method", "normalize") else f"{k} {v}" for k, v in options.items()]
+    details = ", ".join([f"Dv {value_dim}"] * (value_dim != head_dim) + ["state"] * state + details)
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}{', ' + details if details else ''}"
+    return Problem("retention", shape, make, call, reference, small)
+
+
+def _retention_step(batch, heads, head_dim, value_dim, small=False) -> Problem:
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, 1, head_dim, dtype, generator)
+        tensors["value"] = torch.randn(batch, heads, 1, value_dim, generator=generator).to(dtype)
+        tensors["log_decay"] = effattn.retnet_log_decay(heads, dtype=torch.float32)
+        return {**tensors, "state": torch.randn(batch, heads, head_dim, value_dim, generator=generator)}
+
+    def call(t, backend):
+        return effattn.retention_step(**t, backend=backend)[0]
+
+    def reference(t):
+        return effattn.reference.retention_step(**t)[0]
+
+    return Problem("retention_step", f"{batch}x{heads}x1x{head_dim}, Dv {value_dim}", make, call, reference, small)
+
+
+def _manhattan(batch, heads, grid, head_dim, small=False, lce=False, **options) -> Problem:
+    prefix = options.get("num_prefix_tokens", 0)
+    tokens = prefix + grid[0] * grid[1]
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        tensors["log_decay"] = effattn.rmt_log_decay(heads, dtype=torch.float32)
+        if lce:
+            tensors["lce_weight"] = torch.randn(heads * head_dim, 1, 5, 5, generator=generator) / 5
+            tensors["lce_bias"] = torch.randn(heads * head_dim, generator=generator)
+        return tensors
+
+    def call(t, backend):
+        return effattn.manhattan_attention(**t, grid=grid, **options, backend=backend)
+
+    def reference(t):
+        return effattn.reference.manhattan_attention(**t, grid=grid, **options)
+
+    details = ["decomposed"] * options.get("decomposed", False) + ["weights"] * (options.get("decay") == "weights")
+    details += ["LCE"] * lce + [f"{prefix} prefix"] * bool(prefix)
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}, grid {grid[0]}x{grid[1]}"
+    return Problem("manhattan_attention", ", ".join([shape, *details]), make, call, reference, small)
+
+
 def _shift_linear(rows, columns, outputs, bits, small=False) -> Problem:
     """Codes over the whole range of exponents, the same in every dtype."""
     generator = torch.Generator().manual_seed(4)
@@ -287,6 +360,25 @@ PROBLEMS = (
     _windows(1, 3, (25, 34), 32, 7, shift=3, padding="mask"),
     _windows(1, 2, (48, 32), 30, 16, shift=8),
     _windows(1, 2, (48, 32), 30, 16, overlap=4, bias_index="hat_oca"),
+    _retention(1, 2, 15, 8, 5, small=True, chunk_size=4),
+    _retention(1, 2, 512, 64),
+    _retention(2, 3, 197, 64, method="parallel"),
+    _retention(1, 2, 24, 64, method="recurrent"),
+    _retention(2, 3, 197, 64, is_causal=False),
+    _retention(2, 3, 197, 64, normalize="retnet", state=True),
+    _retention(1, 2, 300, 256, 432, state=True),
+    _retention(1, 40, 300, 16),
+    _retention_step(1, 2, 8, 5, small=True),
+    _retention_step(2, 16, 256, 432),
+    _retention_step(4, 40, 64, 64),
+    _manhattan(1, 2, (3, 4), 8, small=True, lce=True),
+    _manhattan(1, 2, (3, 4), 8, small=True, decomposed=True),
+    _manhattan(2, 4, (56, 56), 16, decomposed=True, lce=True),
+    _manhattan(2, 4, (28, 28), 32, decomposed=True),
+    _manhattan(2, 4, (28, 28), 32, decomposed=True, decay="weights"),
+    _manhattan(2, 8, (14, 14), 32, num_prefix_tokens=1),
+    _manhattan(2, 8, (14, 14), 32, decay="weights"),
+    _manhattan(2, 16, (7, 7), 32, lce=True),
     _shift_linear(3, 40, 24, 4, small=True),
     _shift_linear(1, 1024, 1024, 4),
     _shift_linear(16, 1024, 1024, 5),

@@ -88,12 +88,13 @@ def chunkwise(how: Same = uncompiled) -> Callable[[Case, Inputs, bool], Call]:
 
         def retention(query, key, value):
             query, key, value = (t.unflatten(2, (-1, length)) for t in (query, key, value))
-            output = (query @ key.mT * inside) @ value
+            times, plus = (torch.mul, torch.add) if training else (Tensor.mul_, Tensor.add_)
+            output = times(query @ key.mT, inside) @ value
             before = handed_on(((key * left).mT @ value).unbind(2))
-            output = output + (query * entering) @ before
+            output = plus(output, (query * entering) @ before)
             if both_ways:
                 after = handed_on(((key * ahead).mT @ value).flip(2).unbind(2)).flip(2)
-                output = output + (query * leaving) @ after
+                output = plus(output, (query * leaving) @ after)
             return output.flatten(2, 3)
 
         retention = how(retention)
@@ -173,10 +174,12 @@ def published(how: Same = uncompiled) -> Callable[[Case, Inputs, bool], Call]:
             along_x, along_y = _bias(inputs, _line(width)), _bias(inputs, _line(height))
 
             def attend(query, key, value, weight, lce_bias):
-                rows = [t.unflatten(2, case.grid).transpose(1, 2) for t in (query, key * scale, value)]  # B, h, H, w, D
-                first = _attend(*rows, along_x)
-                columns = [t.permute(0, 3, 2, 1, 4) for t in (*rows[:2], first)]  # B, w, H, h, D
-                output = _attend(*columns, along_y).permute(0, 2, 3, 1, 4).flatten(2, 3)
+                # Four dimensions: of five, torch.compile's attention pattern fails.
+                rows = [t.unflatten(2, case.grid).transpose(1, 2).flatten(0, 1) for t in (query, key * scale, value)]
+                first = _attend(*rows, along_x)  # B h, H, w, D
+                columns = (t.unflatten(0, (-1, height)).permute(0, 3, 2, 1, 4) for t in (*rows[:2], first))
+                second = _attend(*(t.flatten(0, 1) for t in columns), along_y)  # B w, H, h, D
+                output = second.unflatten(0, (-1, width)).permute(0, 2, 3, 1, 4).flatten(2, 3)
                 return _enhanced(output, value, case.grid, weight, lce_bias)
 
         attend = how(attend)

@@ -45,6 +45,9 @@ def test_table_covers_every_operator_and_every_gradient():
         "cross_shaped_window_attention": {"lepe_weight", "lepe_bias"},
         "stripe_attention": {"lepe_weight", "lepe_bias"},
         "window_attention": {"bias_table"},
+        "retention": {"log_decay", "initial_state"},
+        "retention_step": {"log_decay", "state"},
+        "manhattan_attention": {"log_decay", "lce_weight", "lce_bias"},
     }.items():
         assert tensors[op] == {"query", "key", "value", *expected}
 

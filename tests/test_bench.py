@@ -1,6 +1,7 @@
 """The benchmark itself: what it measures is what it says, and it leaves nothing half written."""
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from effattn.bench import accuracy, asked, ceilings, cli, cswin, memory, photographs, report, runner
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
-
 
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")
@@ -87,7 +87,7 @@ def test_retention_step_is_held_to_its_share_of_the_copy_bandwidth():
 
 def test_growth_of_retention_is_that_from_one_length_to_its_double(monkeypatch):
     cases = [c for c in families()["retention"].cases if c.operator == "doubling"]
-    assert [b.tokens / a.tokens for a, b in zip(cases, cases[1:])] == [2.0] * (len(cases) - 1)
+    assert [b.tokens / a.tokens for a, b in itertools.pairwise(cases)] == [2.0] * (len(cases) - 1)
     monkeypatch.setattr(asked.memory, "in_own_process", lambda family, case, *rest: case.tokens**2)
     rows = [_row_of(case, ours=float(case.tokens)) for case in cases]
     figures = asked._doubling_figures(_report_of(rows))
