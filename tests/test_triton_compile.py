@@ -27,7 +27,8 @@ HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 a
 ENGINE = configurations.KERNELS
 SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
 WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
-PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS)
+SCANS = ("scan", "scan_dq", "scan_dk", "scan_dv")
+PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan")
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
@@ -59,6 +60,13 @@ def cases():
                 for size in (
                     (24, 30, 32, 46, 53, 77, 122) if operation in ("window_hat", "window_overlapping") else (24, 30, 32)
                 )
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.RETENTION
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float16", "float32")
+                for size in ((64, 128) if operation == "retention_chunk_128" else (64, 100, 128, 256))
             ]
         )
     chosen = [
@@ -102,6 +110,11 @@ def cases():
         ("window_stripes_7", "sm_80", "bfloat16", 24, WINDOWS),
         ("window_hat", "sm_120", "bfloat16", 53, ("window_key_value_gradient", "window_bias_gradient", "reduce_bias")),
         ("window_stripes_12", "sm_80", "float32", 32, WINDOWS),
+        ("retention", "sm_90", "bfloat16", 128, ("scan_dv", "scan_dq")),
+        ("retention_wide", "sm_90", "bfloat16", 256, ("scan_dk",)),
+        ("retention", "sm_80", "bfloat16", 128, ("scan_dv",)),
+        ("retention", "sm_120", "float32", 64, ("scan_dq",)),
+        ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
     ]
     return chosen
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, shift_add
+from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, retention, shift_add
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,7 +59,14 @@ WINDOWS = {  # operation -> grid, window, second window, shift, overlap, mask_pa
     "window_stripes_12": (24, (24, 12), (12, 24), 0, 0, False, False, True),  # 288
     "window_whole_14": (14, (14, 14), (14, 14), 0, 0, False, False, True),  # 196
 }
-OPERATIONS += tuple(WINDOWS)
+RETENTION = {  # operation -> head_dim of value for one of query, is_causal, chunk_size
+    "retention": (lambda head_dim: head_dim, True, 0),
+    "retention_wide": (lambda head_dim: 2 * head_dim, True, 0),
+    "retention_bidirectional": (lambda head_dim: head_dim, False, 0),
+    "retention_chunk_128": (lambda head_dim: head_dim, True, 128),
+    "retention_recurrent": (lambda head_dim: 2 * head_dim, True, 1),
+}
+OPERATIONS += (*WINDOWS, *RETENTION)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -95,12 +102,32 @@ def _run_windows(operation, dtype, head_dim):
     cross_shaped_window.window_bwd(grad_output, *tensors, *saved, *options)
 
 
+def _run_retention(operation, dtype, head_dim):
+    """Forward and backward launchers of (2, 4, 1024, head_dim); with states, or packed and with a row scale if there are none."""
+    value_dim, is_causal, chunk = RETENTION[operation]
+    value_dim = value_dim(head_dim)
+    batch, heads, tokens = 2 if is_causal else 1, 4, 1024
+    query, key = (make(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(2))
+    value, grad_output = (make(batch, heads, tokens, value_dim, dtype=dtype) for _ in range(2))
+    state = rows = bounds = None
+    if is_causal:
+        state = make(batch, heads, head_dim, value_dim, dtype=torch.float32)
+    else:
+        rows, bounds = make(batch, heads, tokens, dtype=torch.float32), make(3, dtype=torch.int32)
+    arguments = (query, key, value, make(heads, dtype=torch.float32), state, rows, bounds)
+    options = (is_causal, chunk, is_causal, head_dim**-0.5)
+    retention.retention_fwd(*arguments, *options)
+    retention.retention_bwd(grad_output, state, *arguments, *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
         return _run_linear(operation, dtype, head_dim)
     if operation in WINDOWS:
         return _run_windows(operation, dtype, head_dim)
+    if operation in RETENTION:
+        return _run_retention(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -229,6 +256,14 @@ def inspect(compiled, family):
     }
 
 
+def _stage(bound):
+    """What tells apart the launches of one kernel: its STAGE, or the role of a scan of retention."""
+    if "REVERSED" not in bound:
+        return bound.get("STAGE")
+    role = ("scan", "scan_dv", "scan_dq")[bound["MEASURE"]]
+    return "scan_dk" if bound["SCALES_COLUMNS"] and role == "scan" else role + "_reversed" * bound["STRICT"]
+
+
 def work(case):
     """Compile the launches of a case: operation, family, dtype, head_dim, the kernels wanted (None: all), and a configuration to force on them."""
     operation, family, dtype, head_dim, wanted, *forced = case
@@ -241,8 +276,8 @@ def work(case):
     results = []
     seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):
-        stage = bound.get("STAGE")
-        if (wanted and kernel.__name__ not in wanted) or (kernel.__name__, stage) in seen:
+        stage = _stage(bound)
+        if (wanted and not {kernel.__name__, stage} & set(wanted)) or (kernel.__name__, stage) in seen:
             continue
         seen.add((kernel.__name__, stage))
         start = time.perf_counter()
@@ -257,6 +292,7 @@ def work(case):
                 "dtype": dtype,
                 "head_dim": head_dim,
                 "kernel": kernel.__name__,
+                "stage": stage,
                 "config": list(config),
                 "seconds": time.perf_counter() - start,
                 **found,
