@@ -27,7 +27,8 @@ HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 a
 ENGINE = configurations.KERNELS
 SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
 WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
-PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS)
+SCANS = ("scan", "scan_dq", "scan_dk", "scan_dv")
+PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan")
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
@@ -66,6 +67,13 @@ def cases():
                 for family in CUDA
                 for dtype in ("bfloat16", "float32")
                 for size in ((16,) if operation.endswith("_56") else (16, 30, 32))
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.RETENTION
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float16", "float32")
+                for size in ((64, 128) if operation == "retention_chunk_128" else (64, 100, 128, 256))
             ]
         )
     chosen = [
@@ -116,6 +124,11 @@ def cases():
         ("manhattan_weights_prefix_14", "sm_90", "bfloat16", 32, ("window_forward", "window_key_value_gradient")),
         ("manhattan_prefix_14", "sm_120", "float16", 32, ("reduce_bias",)),
         ("local_enhancement_5", "sm_100", "bfloat16", 32, ("enhance", "enhancement_gradient")),
+        ("retention", "sm_90", "bfloat16", 128, ("scan_dv", "scan_dq")),
+        ("retention_wide", "sm_90", "bfloat16", 256, ("scan_dk",)),
+        ("retention", "sm_80", "bfloat16", 128, ("scan_dv",)),
+        ("retention", "sm_120", "float32", 64, ("scan_dq",)),
+        ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
     ]
     return chosen
 

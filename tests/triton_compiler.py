@@ -23,6 +23,7 @@ from effattn.triton_kernels import (
     cross_shaped_window,
     gaussian_mixture,
     local_enhancement,
+    retention,
     shift_add,
 )
 from triton.backends.compiler import GPUTarget
@@ -78,7 +79,14 @@ MANHATTAN = {  # operation -> grid, window, prefix tokens, whether the bias weig
     "manhattan_weights_prefix_14": (14, (14, 14), 1, True),
 }
 ENHANCEMENTS = ("local_enhancement_3", "local_enhancement_5", "local_enhancement_9")
-OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS)
+RETENTION = {  # operation -> head_dim of value for one of query, is_causal, chunk_size
+    "retention": (lambda head_dim: head_dim, True, 0),
+    "retention_wide": (lambda head_dim: 2 * head_dim, True, 0),
+    "retention_bidirectional": (lambda head_dim: head_dim, False, 0),
+    "retention_chunk_128": (lambda head_dim: head_dim, True, 128),
+    "retention_recurrent": (lambda head_dim: 2 * head_dim, True, 1),
+}
+OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS, *RETENTION)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -142,6 +150,24 @@ def _run_enhancement(operation, dtype, head_dim):
     local_enhancement.local_enhancement_bwd(grad_output, attention, value, weight, bias, *options)
 
 
+def _run_retention(operation, dtype, head_dim):
+    """Forward and backward launchers of (2, 4, 1024, head_dim); with states, or packed and with a row scale if there are none."""
+    value_dim, is_causal, chunk = RETENTION[operation]
+    value_dim = value_dim(head_dim)
+    batch, heads, tokens = 2 if is_causal else 1, 4, 1024
+    query, key = (make(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(2))
+    value, grad_output = (make(batch, heads, tokens, value_dim, dtype=dtype) for _ in range(2))
+    state = rows = bounds = None
+    if is_causal:
+        state = make(batch, heads, head_dim, value_dim, dtype=torch.float32)
+    else:
+        rows, bounds = make(batch, heads, tokens, dtype=torch.float32), make(3, dtype=torch.int32)
+    arguments = (query, key, value, make(heads, dtype=torch.float32), state, rows, bounds)
+    options = (is_causal, chunk, is_causal, head_dim**-0.5)
+    retention.retention_fwd(*arguments, *options)
+    retention.retention_bwd(grad_output, state, *arguments, *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -150,6 +176,8 @@ def _run(operation, dtype, head_dim):
         return _run_enhancement(operation, dtype, head_dim)
     if operation in WINDOWS or operation in MANHATTAN:
         return _run_windows(operation, dtype, head_dim)
+    if operation in RETENTION:
+        return _run_retention(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -278,6 +306,14 @@ def inspect(compiled, family):
     }
 
 
+def _stage(bound):
+    """What tells apart the launches of one kernel: its STAGE, or the role of a scan of retention."""
+    if "REVERSED" not in bound:
+        return bound.get("STAGE")
+    role = ("scan", "scan_dv", "scan_dq")[bound["MEASURE"]]
+    return "scan_dk" if bound["SCALES_COLUMNS"] and role == "scan" else role + "_reversed" * bound["STRICT"]
+
+
 def work(case):
     """Compile the launches of a case: operation, family, dtype, head_dim, the kernels wanted (None: all), and a configuration to force on them."""
     operation, family, dtype, head_dim, wanted, *forced = case
@@ -290,8 +326,8 @@ def work(case):
     results = []
     seen = set()
     for kernel, bound, config in record(operation, family, dtype, head_dim):
-        stage = bound.get("STAGE", bound.get("SIGN"))
-        if (wanted and kernel.__name__ not in wanted) or (kernel.__name__, stage) in seen:
+        stage = _stage(bound)
+        if (wanted and not {kernel.__name__, stage} & set(wanted)) or (kernel.__name__, stage) in seen:
             continue
         seen.add((kernel.__name__, stage))
         start = time.perf_counter()
@@ -306,6 +342,7 @@ def work(case):
                 "dtype": dtype,
                 "head_dim": head_dim,
                 "kernel": kernel.__name__,
+                "stage": stage,
                 "config": list(config),
                 "seconds": time.perf_counter() - start,
                 **found,

@@ -49,7 +49,7 @@ class _Call:
             *(self.heads, query.shape[2], self.scale),
             KEY_DIM=query.shape[3],
             VALUE_DIM=value.shape[3],
-            BLOCK_K=table.block_d(query.shape[3]),
+            BLOCK_K=config.block_k,
             BLOCK_V=config.block_v,
         )
 
@@ -88,7 +88,7 @@ class _Call:
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
             CHUNK=config.chunk,
-            BLOCK_K=table.block_d(key_dim),
+            BLOCK_K=config.block_k,
             BLOCK_V=config.block_v,
             PRECISION=tuned.precision(query),
         )
@@ -125,8 +125,8 @@ def retention_bwd(
     return_state,
     scale,
 ):
-    """(grad_query, grad_key, grad_value, grad_log_decay, grad_initial_state); chunks of one token are the forward's affair."""
-    call = _Call(query, log_decay, row_scale, cu_seqlens, is_causal, 0 if chunk_size == 1 else chunk_size, scale)
+    """(grad_query, grad_key, grad_value, grad_log_decay, grad_initial_state). `chunk_size` is the forward's; its chunks are the kernel's own."""
+    call = _Call(query, log_decay, row_scale, cu_seqlens, is_causal, 0, scale)
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     absent = query.new_empty((0,), dtype=torch.float32)
     grad_initial = absent if initial_state is None else torch.empty_like(initial_state)

@@ -1,7 +1,6 @@
-"""Tile shapes of the retention kernels: by chip family, element width and the state's rows BLOCK_K.
+"""Tile shapes of the retention kernels: by chip family, element width and the state's rows.
 
-Chosen by ahead-of-time compiles, as in configurations.py: none spills and each fits its chip (tests/test_triton_compile.py).
-No tile here was timed.
+Chosen by ahead-of-time compiles, as in configurations.py (tests/test_triton_compile.py). No tile here was timed.
 """
 
 from typing import NamedTuple
@@ -10,39 +9,59 @@ import torch
 
 from . import configurations as table
 
-MAX_CHUNK = 128  # tokens of a chunk that the tiles hold
-
 
 class Configuration(NamedTuple):
     chunk: int
+    block_k: int
     block_v: int
     num_warps: int
     num_stages: int
 
 
 C = Configuration
-_HALF = (C(64, 64, 4, 2), C(64, 64, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 1))
-_SINGLE = (C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 1))
-_INTERPRETED = C(16, 64, 4, 1)  # few programs, since each costs milliseconds, yet more than one chunk
+
+# Columns: up to 64, 128, 256 and 512 rows of a state. The scan of dQ carries two states.
+_MMA = (C(64, 64, 64, 8, 2), C(64, 128, 32, 8, 2), C(32, 256, 32, 8, 2), C(16, 128, 16, 8, 2))
+_MMA_TWO = (C(32, 64, 32, 8, 2), C(32, 128, 32, 8, 2), C(32, 256, 16, 8, 2), C(16, 128, 16, 16, 2))
+_WGMMA = (C(64, 64, 64, 4, 2), C(64, 128, 64, 4, 2), C(64, 256, 32, 4, 2), C(64, 128, 32, 8, 1))
+_WGMMA_TWO = (C(64, 64, 64, 8, 2), C(64, 128, 64, 8, 2), C(64, 256, 32, 8, 2), C(64, 128, 16, 8, 1))
+_MFMA = (C(32, 64, 32, 4, 1), C(32, 128, 32, 8, 1), C(32, 128, 32, 8, 1), C(16, 128, 16, 8, 1))
+_SINGLE = (C(16, 64, 32, 8, 1), C(16, 128, 16, 8, 1), C(16, 64, 16, 8, 1), C(16, 64, 16, 16, 1))
+_HALF = {
+    "sm_80": (_MMA, _MMA_TWO),
+    "sm_90": (_WGMMA, _WGMMA_TWO),
+    "sm_100": (_WGMMA, _WGMMA_TWO),
+    "sm_120": (_MMA, _MMA_TWO),
+    "cdna": (_MFMA, _MFMA),
+}
+_INTERPRETED = C(16, 64, 64, 4, 1)  # few programs, since each costs milliseconds, yet more than one chunk
 
 
-def scan(query, value_dim, chunk, measures):
-    """`query`, (B, H, N, rows of the state): the scan's, which may be the op's gradient or value. `chunk`: 0 if it is open."""
-    block_k = table.block_d(query.shape[3])
+def scan(query, value_dim, chunk, two_states):
+    """`query`: the scan's, which has a state's rows as head_dim. `chunk`: tokens of a chunk, 0 if that is open."""
+    rows = query.shape[3]
     family = table.architecture(query.device)
-    row = _SINGLE if query.dtype == torch.float32 else _HALF
-    config = _INTERPRETED if family == "interpreted" else row[(block_k > 64) + (block_k > 128) + (block_k > 256)]
+    column = (rows > 64) + (rows > 128) + (rows > 256)
+    if family == "interpreted":
+        config = _INTERPRETED
+    elif query.dtype == torch.float32:
+        config = _SINGLE[column]
+    else:
+        config = _HALF[family][two_states][column]
     tile = max(16, 1 << (chunk - 1).bit_length()) if chunk else config.chunk
-    return config._replace(chunk=tile, block_v=min(config.block_v, table.block_d(value_dim)))
+    if tile > config.chunk:  # at the caller's wish
+        config = config._replace(block_v=min(config.block_v, 32), num_warps=8, num_stages=1)
+    block_k, block_v = min(config.block_k, table.block_d(rows)), min(config.block_v, table.block_d(value_dim))
+    return config._replace(chunk=tile, block_k=block_k, block_v=block_v)
 
 
 def recurrent(key_dim, value_dim):
-    block_k = table.block_d(key_dim)
-    return C(1, min(max(32, 8192 // block_k), table.block_d(value_dim)), 8 if block_k > 128 else 4, 1)
+    rows = table.block_d(key_dim)
+    return C(1, rows, min(max(32, 8192 // rows), table.block_d(value_dim)), 8 if rows > 128 else 4, 1)
 
 
 def precision(query):
-    """As configurations.precision; of 16-bit floats, how they meet a state that is kept in float32."""
+    """As configurations.precision; fp16 meets a state, which may pass its range, in TF32."""
     if query.dtype == torch.float16 and table.architecture(query.device).startswith("sm"):
         return "tf32"
     return table.precision(query)

@@ -17,11 +17,11 @@ d log_decay counts by how many powers of gamma a token's value travelled: (i - j
 of dQ carries L = dS / d log_decay over whole chunks, L = gamma^n (L + n S), and reads it as it reads S. No exponent is
 counted from the first token of the sequence, so that nothing cancels.
 
-One program owns BLOCK_V columns of the state of a (sequence, head). In registers: the state (and L), BLOCK_K x BLOCK_V of
-fp32, over all chunks; P; a chunk's rows of O. Through shared memory: a chunk's rows of Q, K and V, and the state rounded to the
-inputs' dtype for the product Q S (16-bit floats: TF32, whose range a state does not pass). Nothing is kept per chunk, no sum is
+One program owns BLOCK_V columns of the state of a (sequence, head). In registers: the state (and L), Dk x BLOCK_V of fp32 in
+parts of BLOCK_K rows, over all chunks; P; a chunk's rows of O. Through shared memory: a chunk's rows of Q, K and V, and the state
+rounded to bf16 for the product Q S (fp16: TF32, whose range a state does not pass). Nothing is kept per chunk, no sum is
 atomic. Per token and head, with T = Dv / BLOCK_V: 2 C (T Dk + Dv) + 4 Dk Dv FLOPs, e (2 T Dk + 2 Dv) bytes, of which all but
-2 Dk + 2 Dv e come from L2; the scan of dQ does 2 C Dk + 2 Dk Dv more for d log_decay.
+2 Dk + 2 Dv elements should come from L2; the scan of dQ does 2 C Dk + 2 Dk Dv more for d log_decay.
 """
 
 from collections import namedtuple
@@ -58,17 +58,41 @@ def split_power(decay, n):
 
 
 @triton.jit
-def read_state(q, state, PRECISION: tl.constexpr):
+def read_state(q, state, result, PRECISION: tl.constexpr):
     if q.dtype == tl.float16:
-        return matmul(q.to(tl.float32), state, None, PRECISION)
+        return matmul(q.to(tl.float32), state, result, PRECISION)
     else:
-        return matmul(q, narrow(state, q.dtype), None, PRECISION)
+        return matmul(q, narrow(state, q.dtype), result, PRECISION)
+
+
+@triton.jit
+def read_parts(q, states, result, PRECISION: tl.constexpr):
+    for n in tl.static_range(len(states)):
+        result = read_state(q[n], states[n], result, PRECISION)
+    return result
+
+
+@triton.jit
+def load_parts(tensor, strides, b, h, rows, valid, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    parts = ()
+    for n in tl.static_range((HEAD_DIM + BLOCK - 1) // BLOCK):
+        parts = parts + (load_tile(tensor, strides, b, h, rows, valid, n * BLOCK, HEAD_DIM, BLOCK),)
+    return parts
 
 
 @triton.jit
 def state_pointers(state, strides, s, h, rows, columns):
     origin = state + s * strides[0] + h * strides[1]
     return origin + rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def load_state(
+    state, strides, s, h, start, columns, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    rows = start + tl.arange(0, BLOCK_K)
+    inside = (rows < KEY_DIM)[:, None] & (columns < VALUE_DIM)[None, :]
+    return tl.load(state_pointers(state, strides, s, h, rows, columns), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -113,6 +137,9 @@ def scan(
     PRECISION: tl.constexpr,
 ):
     """`partner`: the tensor whose gradient the output is, where d log_decay is measured into `partial`."""
+    # q passes through registers in fp32, where a part is used up at once, and through shared memory else
+    TOGETHER: tl.constexpr = query.dtype.element_ty == tl.float32
+    PARTS: tl.constexpr = (KEY_DIM + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     tile, s, h = head_of(tl.program_id(0), TILES, num_heads)
     column = tile * BLOCK_V
@@ -123,15 +150,17 @@ def scan(
     last_whole, last_part = split_power(decay, length - (chunks - 1) * chunk)
 
     i = tl.arange(0, CHUNK)
-    state_rows = tl.arange(0, BLOCK_K)
-    state_columns = column + tl.arange(0, BLOCK_V)
-    inside = (state_rows < KEY_DIM)[:, None] & (state_columns < VALUE_DIM)[None, :]
-    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    if entering is not None:
-        state = tl.load(
-            state_pointers(entering, strides.entering, s, h, state_rows, state_columns), mask=inside, other=0.0
-        )
-    lag = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    columns = column + tl.arange(0, BLOCK_V)
+    states = ()
+    lags = ()
+    for n in tl.static_range(PARTS):
+        lags = lags + (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
+        if entering is not None:
+            states = states + (
+                load_state(entering, strides.entering, s, h, n * BLOCK_K, columns, KEY_DIM, VALUE_DIM, BLOCK_K),
+            )
+        else:
+            states = states + (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
     total = tl.zeros((CHUNK,), tl.float64)
 
     for step in tl.range(chunks, disable_licm=True):  # an invariant tile would be kept in registers
@@ -139,8 +168,8 @@ def scan(
         count = tl.minimum(length - start, chunk)
         valid = i < count
         rows = first + start + i
-        q = load_tile(query, strides.query, b, h, rows, valid, 0, KEY_DIM, BLOCK_K)
-        k = load_tile(key, strides.key, b, h, rows, valid, 0, KEY_DIM, BLOCK_K)
+        q = load_parts(query, strides.query, b, h, rows, valid, KEY_DIM, BLOCK_K)
+        k = load_parts(key, strides.key, b, h, rows, valid, KEY_DIM, BLOCK_K)
         v = load_tile(value, strides.value, b, h, rows, valid, column, VALUE_DIM, BLOCK_V)
         factor = tl.zeros((CHUNK,), tl.float32) + scale
         if row_scale is not None:
@@ -158,46 +187,69 @@ def scan(
         else:
             weights *= factor[:, None]
             read *= factor
-        scores = matmul(q, tl.trans(k), None, PRECISION) * weights
+        scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        lagged = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        for n in tl.static_range(PARTS):
+            scores = matmul(q[n], tl.trans(k[n]), scores, PRECISION)
+            if TOGETHER:
+                result = read_state(q[n], states[n], result, PRECISION)
+                if MEASURE == EVERYTHING:
+                    lagged = read_state(q[n], lags[n], lagged, PRECISION)
+        scores *= weights
         if MEASURE != NOTHING:
             p = load_tile(partner, strides.partner, b, h, rows, valid, column, VALUE_DIM, BLOCK_V)
         if MEASURE == EVERYTHING:
             inner = matmul(p, tl.trans(v), None, PRECISION) * scores
             total += tl.sum(inner * distance.to(tl.float32), 1).to(tl.float64)
-            travelled = tl.sum(read_state(q, lag, PRECISION) * p.to(tl.float32), 1) * read
-            total += travelled.to(tl.float64)
+            if not TOGETHER:
+                lagged = read_parts(q, lags, lagged, PRECISION)
+            total += (tl.sum(lagged * p.to(tl.float32), 1) * read).to(tl.float64)
         scores = narrow(scores, v.dtype)
-        result = read_state(q, state, PRECISION) * read[:, None]
+        if not TOGETHER:
+            result = read_parts(q, states, result, PRECISION)
+        result *= read[:, None]
         if MEASURE != NOTHING:
             total += (tl.sum(result * p.to(tl.float32), 1) * exponent.to(tl.float32)).to(tl.float64)
         result = matmul(scores, v, result, PRECISION)
         if addend is not None:
             result += load_tile(addend, strides.addend, b, h, rows, valid, column, VALUE_DIM, BLOCK_V)
         tl.store(
-            tile_pointers(output, strides.output, b, h, rows, state_columns),
+            tile_pointers(output, strides.output, b, h, rows, columns),
             narrow(result, output.dtype.element_ty),
-            mask=valid[:, None] & (state_columns < VALUE_DIM)[None, :],
+            mask=valid[:, None] & (columns < VALUE_DIM)[None, :],
         )
         w = tl.where(count == chunk, whole, last_whole)
         e = tl.where(count == chunk, part, last_part)
-        if MEASURE == EVERYTHING:
-            lag += count.to(tl.float32) * state
-            lag = w * lag + e * lag
         moved = narrow(v.to(tl.float32) * update[:, None], v.dtype)
-        if v.dtype == tl.float32:
-            state = w * state + matmul(tl.trans(k), moved, e * state, PRECISION)
-        else:
-            state = matmul(tl.trans(k), moved, w * state + e * state, PRECISION)
+        before = states
+        states = ()
+        for n in tl.static_range(PARTS):
+            if v.dtype == tl.float32:
+                states = states + (w * before[n] + matmul(tl.trans(k[n]), moved, e * before[n], PRECISION),)
+            else:
+                states = states + (matmul(tl.trans(k[n]), moved, w * before[n] + e * before[n], PRECISION),)
+        if MEASURE == EVERYTHING:
+            lags_before = lags
+            lags = ()
+            for n in tl.static_range(PARTS):
+                lag = lags_before[n] + count.to(tl.float32) * before[n]
+                lags = lags + (w * lag + e * lag,)
 
     if leaving is not None:
-        tl.store(state_pointers(leaving, strides.leaving, s, h, state_rows, state_columns), state, mask=inside)
+        for n in tl.static_range(PARTS):
+            rows = n * BLOCK_K + tl.arange(0, BLOCK_K)
+            tl.store(
+                state_pointers(leaving, strides.leaving, s, h, rows, columns),
+                states[n],
+                mask=(rows < KEY_DIM)[:, None] & (columns < VALUE_DIM)[None, :],
+            )
     if MEASURE != NOTHING:
         moment = tl.sum(total)
         if exit_gradient is not None:
-            gradient = tl.load(
-                state_pointers(exit_gradient, strides.exit_gradient, s, h, state_rows, state_columns),
-                mask=inside,
-                other=0.0,
-            )
-            moment += tl.sum(tl.sum(gradient * lag, 1).to(tl.float64))
+            for n in tl.static_range(PARTS):
+                gradient = load_state(
+                    exit_gradient, strides.exit_gradient, s, h, n * BLOCK_K, columns, KEY_DIM, VALUE_DIM, BLOCK_K
+                )
+                moment += tl.sum(tl.sum(gradient * lags[n], 1).to(tl.float64))
         tl.store(partial + (s * TILES + tile) * num_heads + h, moment)

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Op, Operator
-from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
 from ..reference.retention import powers, xpos_rotation
 
 NORMALIZE = ("none", "retnet")
 METHODS = ("auto", "parallel", "chunkwise", "recurrent")
 MAX_VALUE_DIM = 512
 DEFAULT_CHUNK = 64  # what FLOPs are counted for
+TRITON_CHUNK, TRITON_TILE_BYTES = 128, 32768  # of a Triton tile: tokens at most, bytes of their keys at most
 
 
 def _flops(query, key, value, is_causal, chunk_size, *rest) -> int:
@@ -100,8 +101,27 @@ def _cuda_scan(problem: Problem) -> tuple[bool, str]:
     return cuda_kernel(problem)
 
 
-register("retention", (Backend("cpu", cpu_kernel), Backend("cuda", _cuda_scan), REFERENCE))
-register("retention_step", (Backend("cpu", cpu_kernel), Backend("cuda", cuda_kernel), REFERENCE))
+def _triton_scan(problem: Problem) -> tuple[bool, str]:
+    """As `triton_kernel`, of chunks that a tile holds."""
+    ok, reason = triton_kernel(problem)
+    if not ok:
+        return ok, reason
+    most = TRITON_TILE_BYTES // (problem.dtype.itemsize * max(64, 1 << (problem.head_dim - 1).bit_length()))
+    if problem.chunk_size > min(most, TRITON_CHUNK):
+        return (
+            False,
+            f"chunks of {problem.chunk_size} tokens: its tiles hold {min(most, TRITON_CHUNK)} of head_dim {problem.head_dim}",
+        )
+    return True, reason
+
+
+register(
+    "retention", (Backend("cpu", cpu_kernel), Backend("cuda", _cuda_scan), Backend("triton", _triton_scan), REFERENCE)
+)
+register(
+    "retention_step",
+    (Backend("cpu", cpu_kernel), Backend("cuda", cuda_kernel), Backend("triton", triton_kernel), REFERENCE),
+)
 
 
 def retention(
