@@ -120,7 +120,7 @@ def manhattan_attention(
     def attend(value: Tensor, size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
         whole = (height, width)
         if not height * width:  # prefix tokens only, all of them at distance 0
-            whole, size, num_prefix_tokens = (num_prefix_tokens, 1), (num_prefix_tokens, 1), 0
+            whole, size, num_prefix_tokens = (num_prefix_tokens, 1), (max(num_prefix_tokens, 1), 1), 0
             table = _table(log_decay, size, decay, 0)
         else:
             table = _table(log_decay, size, decay, 1)
