@@ -15,11 +15,11 @@ ORIENTATION = ("vertical", "horizontal")
 
 
 def _window_flops(query, key, value, grid_h, grid_w, window_h, window_w, second_h, second_w, *rest) -> int:
-    """Both products; every query meets all keys of its (enlarged) window."""
+    """Both products; every query meets all keys of its (enlarged) window, and the prefix tokens."""
     batch, heads, length, head_dim = query
-    overlap_h, overlap_w = rest[2:4]
+    overlap_h, overlap_w, num_prefix_tokens = rest[2:5]
     first, second = (
-        (height + 2 * overlap_h) * (width + 2 * overlap_w)
+        (height + 2 * overlap_h) * (width + 2 * overlap_w) + num_prefix_tokens
         for height, width in ((window_h, window_w), (second_h, second_w))
     )
     return 4 * batch * length * head_dim * (heads // 2 * first + (heads - heads // 2) * second)
