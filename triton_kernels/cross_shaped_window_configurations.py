@@ -35,7 +35,7 @@ _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an 
     (family, width, kind, kernel, column): config
     for family, width, kinds, kernel, column, config in (
         ("sm_80", "half", ("lean", *_ALL_BIASED), "window_key_value_gradient", 0, C(32, 64, 8, 1)),
-        ("sm_80", "half", ("weighs",), "window_forward", 0, C(64, 16, 4, 1)),
+        ("sm_80", "half", ("biased", "weighs"), "window_forward", 0, C(64, 16, 4, 1)),
         ("sm_80", "half", ("weighs",), "window_bias_gradient", 0, C(64, 32, 4, 2)),
         *((f, "single", ("weighs",), "window_key_value_gradient", 0, C(32, 32, 8, 1)) for f in table.FAMILIES[:4]),
         ("sm_100", "half", ("lean", "biased"), "window_key_value_gradient", 0, C(32, 64, 4, 2)),
