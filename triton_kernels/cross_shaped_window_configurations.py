@@ -35,8 +35,9 @@ _EXCEPTIONS = {  # where ptxas would rather spill two registers than give up an 
     (family, width, kind, kernel, column): config
     for family, width, kinds, kernel, column, config in (
         ("sm_80", "half", ("lean", *_ALL_BIASED), "window_key_value_gradient", 0, C(32, 64, 8, 1)),
-        ("sm_80", "half", ("weighs",), "window_forward", 0, C(64, 16, 4, 1)),
+        ("sm_80", "half", ("biased", "weighs"), "window_forward", 0, C(64, 16, 4, 1)),
         ("sm_80", "half", ("weighs",), "window_bias_gradient", 0, C(64, 32, 4, 2)),
+        *((f, "single", ("weighs",), "window_key_value_gradient", 0, C(32, 32, 8, 1)) for f in table.FAMILIES[:4]),
         ("sm_100", "half", ("lean", "biased"), "window_key_value_gradient", 0, C(32, 64, 4, 2)),
         ("sm_100", "half", _ALL_BIASED, "window_forward", 0, C(64, 16, 4, 1)),
         ("sm_120", "half", _ALL_BIASED, "window_forward", 0, C(64, 16, 4, 1)),
@@ -78,7 +79,10 @@ def fitted(kernel, query, slots, keys, kind, unit):
     owned = block_m / config.block_m
     if kernel != "window_forward":
         owned *= block_n / config.block_n
-    return C(block_m, block_n, max(1, int(config.num_warps * owned)), config.num_stages)
+    fewest = (
+        2 if query.dtype == torch.float32 and kernel != "window_forward" else 1
+    )  # for the registers of fp32 operands
+    return C(block_m, block_n, max(fewest, int(config.num_warps * owned)), config.num_stages)
 
 
 def one_tile(query, slots):
