@@ -227,10 +227,10 @@ def test_published_schedules_are_exact():
 @BACKENDS
 @pytest.mark.parametrize("dims", [(5, 3), (16, 40), (256, 432), (1, 1), (70, 512)], ids=str)
 def test_values_may_be_wider_or_narrower_than_keys(backend, dims):
-    if is_slow(backend) and max(dims) > 100:
+    if is_slow(backend) and dims != (5, 3):
         pytest.skip("interpreters and emulators are slow")
-    for dtype in (torch.float32, torch.bfloat16):
-        check(backend, {}, tokens=70, key_dim=dims[0], value_dim=dims[1], dtype=dtype)
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if is_slow(backend) else 2]:
+        check(backend, {}, tokens=20 if is_slow(backend) else 70, key_dim=dims[0], value_dim=dims[1], dtype=dtype)
     check(backend, {"is_causal": False}, tokens=20, key_dim=dims[0], value_dim=dims[1])
 
 
@@ -247,7 +247,7 @@ def test_output_of_wide_values_is_laid_out_like_query(backend):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65, 129])
 def test_every_length_around_a_chunk(backend, form, tokens):
-    if is_slow(backend) and tokens not in (1, 17, 65):
+    if is_slow(backend) and tokens not in (1, 17):
         pytest.skip("interpreters and emulators are slow")
     check(backend, FORMS[form], tokens=tokens)
 
