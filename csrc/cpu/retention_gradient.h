@@ -172,7 +172,8 @@ class Backward {
   void add_to_state(const float* from, float* to, const Decay& decay, int64_t tokens, const Rows& left,
       const Rows& right, const float* factor) {
     scale_rows(decayed_, right, tokens, factor);
-    advance_state(from, to, decay.whole(tokens), by_columns(left), {decayed_, p_.value_pitch}, tokens, p_.key_dim);
+    advance_state(from, to, decay.whole(tokens), by_columns(left), {decayed_, p_.value_pitch}, tokens, p_.key_dim,
+        p_.value_pitch);
   }
 
   double inner_product(const float* a, const float* b) const {
@@ -196,7 +197,7 @@ class Backward {
     for (int64_t first = 0; first < tokens; first += kBlock) {
       const int64_t rows = smaller(kBlock, tokens - first);
       product(
-          by_rows({left.row(first), left.pitch}), {transposed_, p_.key_pitch}, rows, p_.key_pitch,
+          by_rows(Rows{left.row(first), left.pitch}), {transposed_, p_.key_pitch}, rows, p_.key_pitch,
           [&](int64_t) { return Steps{0, p_.value_dim}; },
           [&](auto& sum, auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
             const int64_t live = smaller(rows - r, kTileRows);
@@ -248,8 +249,8 @@ class Backward {
   // One tile of scores: its part of dQ, dK, dV and d log_decay.
   void block(const Chunk& c, const Decay& decay, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     const bool is_triangle = p_.arguments.is_causal && row == column;
-    scores({c.query.row(row), c.query.pitch}, keys_ + column * p_.key_pitch, rows, columns, p_.key_dim, is_triangle,
-        [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
+    scores({c.query.row(row), c.query.pitch}, {keys_ + column * p_.key_pitch, kBlock}, rows, columns, p_.key_dim,
+        is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             const float* weight = decay.between(row + r + i, column + k);
             float* to = weights_ + (r + i) * kTilePitch + k;
@@ -257,8 +258,8 @@ class Backward {
                 store(to + v * kLanes, sum[i][v] * load(weight + v * kLanes));
           }
         });
-    scores({c.upstream.row(row), c.upstream.pitch}, values_ + column * p_.value_pitch, rows, columns, p_.value_dim,
-        is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
+    scores({c.upstream.row(row), c.upstream.pitch}, {values_ + column * p_.value_pitch, kBlock}, rows, columns,
+        p_.value_dim, is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
           const int64_t live = smaller(rows - r, kTileRows);
           Vec log = {};
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < live) {
