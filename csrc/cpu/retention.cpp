@@ -4,17 +4,21 @@
 //
 // One task is one head of one sequence, walked over in chunks of C tokens with the state S (Dk x Dv, float32) in cache:
 //
-//   P = s Q K^T * G inside the chunk,   O = P V + s gamma^(i + 1) q_i S,   S = gamma^C S + sum_j gamma^(C - 1 - j)
-//   k_j^T v_j
+//   P = s Q K^T * G   inside the chunk
+//   O = P V + s gamma^(i + 1) q_i S
+//   S = gamma^C S + sum_j gamma^(C - 1 - j) k_j^T v_j
 //
 //   not causal   a sweep from the end leaves the state R of what follows every chunk: O += s gamma^(C - 1 - i) q_i R
-//   C = 1        recurrent: a loop over tokens without tiles (retention_token.h)
+//   C = 1        recurrent: a loop over tokens without tiles
 //   C = N        parallel: one chunk, no state
 //
-// Blocks of 64 tokens; micro-tiles of 6 x 64 (gemm.h) for all products; a tile of scores is decayed in registers, by
-// one load from a table over j - i. Tiles above the diagonal are not computed. Lives in L1/L2: a tile of scores (20
-// KB), S, one chunk of Q, K^T, V. Bytes: q, k, v, output once; FLOPs a token: C (Dk + Dv) + 4 Dk Dv. Lives:
-// retention_tiles.h decays, operands, products; retention_gradient.h the backward pass.
+// C = 64 unless asked otherwise. Blocks of 64 tokens; micro-tiles of 6 x 64 (gemm.h) for all products; a tile of scores
+// is decayed in registers, by one load from a table over j - i; tiles above the diagonal are not computed. In L1 and
+// L2: a tile of scores (20 KB), a chunk of Q, K^T, V, O, and S. Bytes: q, k, v, output once; FLOPs a token and head: C
+// (Dk + Dv) + 4 Dk Dv.
+//
+// Lives: retention_tiles.h decays, products, states; retention_operands.h what is multiplied, in float32 or bf16;
+// retention_token.h the recurrent form; retention_gradient.h the backward pass.
 #include "retention_gradient.h"
 #include "retention_operands.h"
 #include "retention_token.h"
@@ -27,9 +31,6 @@ class Forward {
  public:
   Forward(const Problem& problem, const RetentionResult& result, const int64_t* bounds)
       : p_(problem), result_(result), bounds_(bounds), scratch_(scratch()) {
-    query_ = scratch_.query.reserve<float>(p_.key_pitch);
-    key_ = scratch_.key.reserve<float>(p_.key_pitch);
-    value_ = scratch_.value.reserve<float>(p_.value_pitch);
     output_ = scratch_.output.reserve<float>(tile_rows(kBlock) * p_.value_pitch);
     state_ = scratch_.state.reserve<float>(p_.state_floats);
     decay_ = scratch_.decay.reserve<float>(Decay::floats(p_.chunk));
@@ -62,11 +63,14 @@ class Forward {
 
   void by_tokens(const Item& item, const Sequence& sequence, const Decay& decay) {
     const Whole gamma = decay.whole(1);
+    float* query = scratch_.query.reserve<float>(p_.key_pitch);
+    float* key = scratch_.key.reserve<float>(p_.key_pitch);
+    float* value = scratch_.value.reserve<float>(p_.value_pitch);
     for (int64_t n = item.tokens.begin; n < item.tokens.end; ++n) {
-      row_to_float(query_, sequence.query, n, p_.key_dim, p_.key_pitch);
-      row_to_float(key_, sequence.key, n, p_.key_dim, p_.key_pitch);
-      row_to_float(value_, sequence.value, n, p_.value_dim, p_.value_pitch);
-      advance_token(state_, state_, p_.key_dim, p_.value_pitch, p_.value_pitch, gamma, {query_, key_, value_, output_});
+      row_to_float(query, sequence.query, n, p_.key_dim, p_.key_pitch);
+      row_to_float(key, sequence.key, n, p_.key_dim, p_.key_pitch);
+      row_to_float(value, sequence.value, n, p_.value_dim, p_.value_pitch);
+      advance_token(state_, state_, p_.key_dim, p_.value_pitch, p_.value_pitch, gamma, {query, key, value, output_});
       store_output(sequence, n, output_, static_cast<float>(p_.arguments.scale));
     }
   }
@@ -170,9 +174,6 @@ class Forward {
   const RetentionResult& result_;
   const int64_t* bounds_;
   ForwardScratch& scratch_;
-  float* query_;
-  float* key_;
-  float* value_;
   float* output_;
   float* state_;
   float* decay_;

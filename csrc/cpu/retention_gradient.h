@@ -3,18 +3,28 @@
 // With S the state that enters a chunk, E the gradient of the state that leaves it, T the decays s gamma^(i - j) inside
 // the chunk, P = Q K^T * T, dP = dO V^T and W = dP * T:
 //
-//   dQ = W K + s gamma^(i + 1) dO S^T        dK = W^T Q + gamma^(C - 1 - j) V E^T      dV = P^T dO + gamma^(C - 1 - j)
-//   K E E <- gamma^C E + sum_i s gamma^(i + 1) q_i^T dO_i d log_decay = sum (i - j) P dP + sum (i + 1) q.dQ_S + sum (C
-//   - 1 - j) k.dK_E + C gamma^C <S, E>
+//   dQ = W K + s gamma^(i + 1) dO S^T
+//   dK = W^T Q + gamma^(C - 1 - j) V E^T
+//   dV = P^T dO + gamma^(C - 1 - j) K E
+//
+//   E <- gamma^C E + sum_i s gamma^(i + 1) q_i^T dO_i
+//
+//   d log_decay = sum (i - j) P dP + C gamma^C <S, E> + sum (i + 1) q.dQ_S + sum (C - 1 - j) k.dK_E
 //
 // where dQ_S, dK_E are the second terms: positions are local to the chunk, so nothing large is subtracted. A sweep over
 // the keys leaves every S (States), a second one from the end carries E and does the rest.
 //
-//   not causal   F, the gradient of the state R of what follows, runs forwards with S: dQ += s gamma^(C - 1 - i) dO
-//   R^T,
-//                dK += gamma^(j + 1) V F^T, dV += gamma^(j + 1) K F, with their terms of d log_decay
+// Not causal: F, the gradient of the state R of what follows, runs forwards with S and adds
 //
-// FLOPs a token: 5 C (Dk + Dv) / 2 + 10 Dk Dv. Memory: 2 states a chunk, at most 16 MB and then one a segment.
+//   s gamma^(C - 1 - i) dO R^T to dQ
+//   gamma^(j + 1) V F^T to dK
+//   gamma^(j + 1) K F to dV
+//
+// with their terms of d log_decay. All of it in float32: bf16 and fp16 are widened where they are read.
+//
+// FLOPs a token and head: C (3 Dk + 2 Dv) + 10 Dk Dv.
+//
+// Memory: the states of all chunks, or of one segment of up to 8 MB and one at the start of every segment.
 #pragma once
 
 #include "retention_tiles.h"
