@@ -4,42 +4,33 @@
 //
 // One task is one head of one sequence, walked over in chunks of C tokens with the state S (Dk x Dv, float32) in cache:
 //
-//   P = s Q K^T * G inside the chunk,   O = P V + s gamma^(i + 1) q_i S,   S = gamma^C S + sum_j gamma^(C - 1 - j)
-//   k_j^T v_j
+//   P = s Q K^T * G   inside the chunk
+//   O = P V + s gamma^(i + 1) q_i S
+//   S = gamma^C S + sum_j gamma^(C - 1 - j) k_j^T v_j
 //
 //   not causal   a sweep from the end leaves the state R of what follows every chunk: O += s gamma^(C - 1 - i) q_i R
-//   C = 1        recurrent: a loop over tokens without tiles (retention_token.h)
+//   C = 1        recurrent: a loop over tokens without tiles
 //   C = N        parallel: one chunk, no state
 //
-// Blocks of 64 tokens; micro-tiles of 6 x 64 (gemm.h) for all products; a tile of scores is decayed in registers, by
-// one load from a table over j - i. Tiles above the diagonal are not computed. Lives in L1/L2: a tile of scores (20
-// KB), S, one chunk of Q, K^T, V. Bytes: q, k, v, output once; FLOPs a token: C (Dk + Dv) + 4 Dk Dv. Lives:
-// retention_tiles.h decays, operands, products; retention_gradient.h the backward pass.
+// C = 64 unless asked otherwise. Blocks of 64 tokens; micro-tiles of 6 x 64 (gemm.h) for all products; a tile of scores
+// is decayed in registers, by one load from a table over j - i; tiles above the diagonal are not computed. In L1 and
+// L2: a tile of scores (20 KB), a chunk of Q, K^T, V, O, and S. Bytes: q, k, v, output once; FLOPs a token and head: C
+// (Dk + Dv) + 4 Dk Dv.
+//
+// Lives: retention_tiles.h decays, products, states; retention_operands.h what is multiplied, in float32 or bf16;
+// retention_token.h the recurrent form; retention_gradient.h the backward pass.
 #include "retention_gradient.h"
+#include "retention_operands.h"
 #include "retention_token.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace retention {
 namespace {
 
-struct ForwardScratch {
-  Buffer decay, query, key, value, keys, decayed, tile, output, state, inner, boundaries;
-  void trim() {
-    for (Buffer* buffer : {&query, &key, &value, &keys, &decayed, &output, &inner, &boundaries}) buffer->trim();
-  }
-};
-
 class Forward {
  public:
   Forward(const Problem& problem, const RetentionResult& result, const int64_t* bounds)
       : p_(problem), result_(result), bounds_(bounds), scratch_(scratch()) {
-    const int64_t rows = tile_rows(p_.chunk) + kTileRows, blocks = (p_.chunk + kBlock - 1) / kBlock;
-    query_ = scratch_.query.reserve<float>(rows * p_.key_pitch);
-    key_ = scratch_.key.reserve<float>(rows * p_.key_pitch);
-    value_ = scratch_.value.reserve<float>(rows * p_.value_pitch);
-    decayed_ = scratch_.decayed.reserve<float>(rows * p_.value_pitch);
-    keys_ = scratch_.keys.reserve<float>(blocks * kBlock * p_.key_pitch);
-    tile_ = scratch_.tile.reserve<float>(tile_rows(kBlock) * kTilePitch);
     output_ = scratch_.output.reserve<float>(tile_rows(kBlock) * p_.value_pitch);
     state_ = scratch_.state.reserve<float>(p_.state_floats);
     decay_ = scratch_.decay.reserve<float>(Decay::floats(p_.chunk));
@@ -58,18 +49,13 @@ class Forward {
       if (p_.chunk == 1 && a.is_causal)
         by_tokens(item, sequence, decay);
       else
-        by_chunks(item, sequence, decay);
+        choose_operands(item, sequence, decay);
       if (result_.state) store_state(result_.state + at, state_, p_.key_dim, p_.value_dim, p_.value_pitch);
     }
     scratch_.trim();
   }
 
  private:
-  struct Sequence {
-    Matrix query, key, value, output;
-    const float* row_scale;
-  };
-
   static ForwardScratch& scratch() {
     static thread_local ForwardScratch scratch;
     return scratch;
@@ -77,11 +63,14 @@ class Forward {
 
   void by_tokens(const Item& item, const Sequence& sequence, const Decay& decay) {
     const Whole gamma = decay.whole(1);
+    float* query = scratch_.query.reserve<float>(p_.key_pitch);
+    float* key = scratch_.key.reserve<float>(p_.key_pitch);
+    float* value = scratch_.value.reserve<float>(p_.value_pitch);
     for (int64_t n = item.tokens.begin; n < item.tokens.end; ++n) {
-      row_to_float(query_, sequence.query, n, p_.key_dim, p_.key_pitch);
-      row_to_float(key_, sequence.key, n, p_.key_dim, p_.key_pitch);
-      row_to_float(value_, sequence.value, n, p_.value_dim, p_.value_pitch);
-      advance_token(state_, state_, p_.key_dim, p_.value_pitch, p_.value_pitch, gamma, {query_, key_, value_, output_});
+      row_to_float(query, sequence.query, n, p_.key_dim, p_.key_pitch);
+      row_to_float(key, sequence.key, n, p_.key_dim, p_.key_pitch);
+      row_to_float(value, sequence.value, n, p_.value_dim, p_.value_pitch);
+      advance_token(state_, state_, p_.key_dim, p_.value_pitch, p_.value_pitch, gamma, {query, key, value, output_});
       store_output(sequence, n, output_, static_cast<float>(p_.arguments.scale));
     }
   }
@@ -91,17 +80,27 @@ class Forward {
     store_row(sequence.output, token, from, broadcast(factor), p_.value_dim);
   }
 
-  void by_chunks(const Item& item, const Sequence& sequence, const Decay& decay) {
+  void choose_operands(const Item& item, const Sequence& sequence, const Decay& decay) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+    if (sequence.query.dtype == DType::kBFloat16 && PairOperands::serves(p_)) {
+      PairOperands pairs(p_, scratch_);
+      return by_chunks(item, sequence, decay, pairs);
+    }
+#endif
+    FloatOperands floats(p_, scratch_);
+    by_chunks(item, sequence, decay, floats);
+  }
+
+  template <class Operands>
+  void by_chunks(const Item& item, const Sequence& sequence, const Decay& decay, Operands& operands) {
     const int64_t length = item.tokens.end - item.tokens.begin, chunks = (length + p_.chunk - 1) / p_.chunk;
     const bool is_causal = p_.arguments.is_causal;
     const auto first_of = [&](int64_t chunk) { return item.tokens.begin + chunk * p_.chunk; };
     const auto tokens_of = [&](int64_t chunk) { return smaller(p_.chunk, item.tokens.end - first_of(chunk)); };
     const auto add_following = [&](int64_t step, const float* from, float* to) {
-      const int64_t first = first_of(chunks - 1 - step), tokens = tokens_of(chunks - 1 - step);
-      const Rows key = stage(key_, sequence.key, first, tokens, p_.key_dim, p_.tokens);
-      const Rows value = stage(value_, sequence.value, first, tokens, p_.value_dim, p_.tokens);
-      scale_rows(decayed_, value, tokens, decay.rise());
-      advance_state(from, to, decay.whole(tokens), by_columns(key), {decayed_, p_.value_pitch}, tokens, p_.key_dim);
+      const int64_t chunk = chunks - 1 - step;
+      operands.load_keys(sequence, first_of(chunk), tokens_of(chunk));
+      operands.add_to_state(from, to, decay.whole(tokens_of(chunk)), decay.rise());
     };
     States following(scratch_.inner, scratch_.boundaries, is_causal ? 0 : chunks, p_.state_floats);
     if (!is_causal) {
@@ -111,37 +110,32 @@ class Forward {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = first_of(chunk), tokens = tokens_of(chunk);
       const float* after = is_causal || chunk + 1 == chunks ? nullptr : following.at(chunks - 1 - chunk, add_following);
-      const Rows query = stage(query_, sequence.query, first, tokens, p_.key_dim, p_.tokens);
-      const Rows key = stage(key_, sequence.key, first, tokens, p_.key_dim, p_.tokens);
-      const Rows value = stage(value_, sequence.value, first, tokens, p_.value_dim, p_.tokens);
-      for (int64_t row = 0; row < tokens; row += kBlock)
-        transpose_rows(
-            keys_ + row * p_.key_pitch, kBlock, {key.row(row), key.pitch}, smaller(kBlock, tokens - row), p_.key_dim);
+      operands.load(sequence, first, tokens);
       const bool has_state = chunk > 0 || p_.arguments.initial_state;
       for (int64_t row = 0; row < tokens; row += kBlock) {
         const int64_t rows = smaller(kBlock, tokens - row);
         bool is_fresh = true;
-        if (has_state) read_state(query, row, rows, state_, decay.scaled_rise() + row, is_fresh);
-        if (after) read_state(query, row, rows, after, decay.scaled_fall(tokens) + row, is_fresh);
+        if (has_state) read_state(operands, row, rows, state_, decay.scaled_rise() + row, is_fresh);
+        if (after) read_state(operands, row, rows, after, decay.scaled_fall(tokens) + row, is_fresh);
         for (int64_t column = 0; column < (is_causal ? row + rows : tokens); column += kBlock)
-          add_block(query, value, decay, row, rows, column, smaller(kBlock, tokens - column), is_fresh);
+          add_block(operands, decay, row, rows, column, smaller(kBlock, tokens - column), is_fresh);
         for (int64_t r = 0; r < rows; ++r) store_output(sequence, first + row + r, output_ + r * p_.value_pitch);
       }
-      if (chunk + 1 == chunks && !result_.state) continue;
-      scale_rows(decayed_, value, tokens, decay.fall(tokens));
-      advance_state(
-          state_, state_, decay.whole(tokens), by_columns(key), {decayed_, p_.value_pitch}, tokens, p_.key_dim);
+      if (chunk + 1 < chunks || result_.state)
+        operands.add_to_state(state_, state_, decay.whole(tokens), decay.fall(tokens));
     }
   }
 
   // output (+)= factor_i q_i S.
+  template <class Operands>
   void read_state(
-      const Rows& query, int64_t row, int64_t rows, const float* state, const float* factor, bool& is_fresh) {
+      Operands& operands, int64_t row, int64_t rows, const float* state, const float* factor, bool& is_fresh) {
+    using Arithmetic = typename Operands::Arithmetic;
     const bool assigns = is_fresh;
     is_fresh = false;
-    product(
-        by_rows({query.row(row), query.pitch}), {state, p_.value_pitch}, rows, p_.value_pitch,
-        [&](int64_t) { return Steps{0, p_.key_dim}; },
+    product<Arithmetic>(
+        by_rows(operands.query(row)), operands.state(state), rows, p_.value_pitch,
+        [&](int64_t) { return Steps{0, words<Arithmetic>(p_.key_dim)}; },
         [&](auto& sum, auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) EFFATTN_UNROLL for (int v = 0; v < count.value; ++v) {
             float* to = output_ + (r + i) * p_.value_pitch + column + v * kLanes;
@@ -151,22 +145,23 @@ class Forward {
   }
 
   // output (+)= (s q k^T * G) v of one block of keys.
-  void add_block(const Rows& query, const Rows& value, const Decay& decay, int64_t row, int64_t rows, int64_t column,
-      int64_t columns, bool& is_fresh) {
+  template <class Operands>
+  void add_block(Operands& operands, const Decay& decay, int64_t row, int64_t rows, int64_t column, int64_t columns,
+      bool& is_fresh) {
+    using Arithmetic = typename Operands::Arithmetic;
     const bool is_triangle = p_.arguments.is_causal && row == column, assigns = is_fresh;
     is_fresh = false;
-    scores({query.row(row), query.pitch}, keys_ + column * p_.key_pitch, rows, columns, p_.key_dim, is_triangle,
-        [&](auto& sum, auto count, int64_t r, int64_t c) __attribute__((always_inline)) {
+    scores<Arithmetic>(operands.query(row), operands.keys(column), rows, columns, words<Arithmetic>(p_.key_dim),
+        is_triangle, [&](auto& sum, auto count, int64_t r, int64_t c) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             const float* weight = decay.between(row + r + i, column + c);
-            float* to = tile_ + (r + i) * kTilePitch + c;
             EFFATTN_UNROLL for (int v = 0; v < count.value; ++v)
-                store(to + v * kLanes, sum[i][v] * load(weight + v * kLanes));
+                operands.store_score(r + i, c + v * kLanes, sum[i][v] * load(weight + v * kLanes));
           }
         });
-    product(
-        by_rows({tile_, kTilePitch}), {value.row(column), value.pitch}, rows, p_.value_pitch,
-        [&](int64_t r) { return Steps{0, is_triangle ? smaller(columns, r + kTileRows) : columns}; },
+    product<Arithmetic>(
+        by_rows(operands.tile()), operands.value(column), rows, p_.value_pitch,
+        [&](int64_t r) { return Steps{0, words<Arithmetic>(is_triangle ? smaller(columns, r + kTileRows) : columns)}; },
         [&](auto& sum, auto count, int64_t r, int64_t c) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) EFFATTN_UNROLL for (int v = 0; v < count.value; ++v) {
             float* to = output_ + (r + i) * p_.value_pitch + c + v * kLanes;
@@ -179,12 +174,6 @@ class Forward {
   const RetentionResult& result_;
   const int64_t* bounds_;
   ForwardScratch& scratch_;
-  float* query_;
-  float* key_;
-  float* value_;
-  float* decayed_;
-  float* keys_;
-  float* tile_;
   float* output_;
   float* state_;
   float* decay_;

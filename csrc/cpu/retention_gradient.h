@@ -3,18 +3,28 @@
 // With S the state that enters a chunk, E the gradient of the state that leaves it, T the decays s gamma^(i - j) inside
 // the chunk, P = Q K^T * T, dP = dO V^T and W = dP * T:
 //
-//   dQ = W K + s gamma^(i + 1) dO S^T        dK = W^T Q + gamma^(C - 1 - j) V E^T      dV = P^T dO + gamma^(C - 1 - j)
-//   K E E <- gamma^C E + sum_i s gamma^(i + 1) q_i^T dO_i d log_decay = sum (i - j) P dP + sum (i + 1) q.dQ_S + sum (C
-//   - 1 - j) k.dK_E + C gamma^C <S, E>
+//   dQ = W K + s gamma^(i + 1) dO S^T
+//   dK = W^T Q + gamma^(C - 1 - j) V E^T
+//   dV = P^T dO + gamma^(C - 1 - j) K E
+//
+//   E <- gamma^C E + sum_i s gamma^(i + 1) q_i^T dO_i
+//
+//   d log_decay = sum (i - j) P dP + C gamma^C <S, E> + sum (i + 1) q.dQ_S + sum (C - 1 - j) k.dK_E
 //
 // where dQ_S, dK_E are the second terms: positions are local to the chunk, so nothing large is subtracted. A sweep over
 // the keys leaves every S (States), a second one from the end carries E and does the rest.
 //
-//   not causal   F, the gradient of the state R of what follows, runs forwards with S: dQ += s gamma^(C - 1 - i) dO
-//   R^T,
-//                dK += gamma^(j + 1) V F^T, dV += gamma^(j + 1) K F, with their terms of d log_decay
+// Not causal: F, the gradient of the state R of what follows, runs forwards with S and adds
 //
-// FLOPs a token: 5 C (Dk + Dv) / 2 + 10 Dk Dv. Memory: 2 states a chunk, at most 16 MB and then one a segment.
+//   s gamma^(C - 1 - i) dO R^T to dQ
+//   gamma^(j + 1) V F^T to dK
+//   gamma^(j + 1) K F to dV
+//
+// with their terms of d log_decay. All of it in float32: bf16 and fp16 are widened where they are read.
+//
+// FLOPs a token and head: C (3 Dk + 2 Dv) + 10 Dk Dv.
+//
+// Memory: the states of all chunks, or of one segment of up to 8 MB and one at the start of every segment.
 #pragma once
 
 #include "retention_tiles.h"
@@ -172,7 +182,8 @@ class Backward {
   void add_to_state(const float* from, float* to, const Decay& decay, int64_t tokens, const Rows& left,
       const Rows& right, const float* factor) {
     scale_rows(decayed_, right, tokens, factor);
-    advance_state(from, to, decay.whole(tokens), by_columns(left), {decayed_, p_.value_pitch}, tokens, p_.key_dim);
+    advance_state(from, to, decay.whole(tokens), by_columns(left), {decayed_, p_.value_pitch}, tokens, p_.key_dim,
+        p_.value_pitch);
   }
 
   double inner_product(const float* a, const float* b) const {
@@ -196,7 +207,7 @@ class Backward {
     for (int64_t first = 0; first < tokens; first += kBlock) {
       const int64_t rows = smaller(kBlock, tokens - first);
       product(
-          by_rows({left.row(first), left.pitch}), {transposed_, p_.key_pitch}, rows, p_.key_pitch,
+          by_rows(Rows{left.row(first), left.pitch}), {transposed_, p_.key_pitch}, rows, p_.key_pitch,
           [&](int64_t) { return Steps{0, p_.value_dim}; },
           [&](auto& sum, auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
             const int64_t live = smaller(rows - r, kTileRows);
@@ -248,8 +259,8 @@ class Backward {
   // One tile of scores: its part of dQ, dK, dV and d log_decay.
   void block(const Chunk& c, const Decay& decay, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     const bool is_triangle = p_.arguments.is_causal && row == column;
-    scores({c.query.row(row), c.query.pitch}, keys_ + column * p_.key_pitch, rows, columns, p_.key_dim, is_triangle,
-        [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
+    scores({c.query.row(row), c.query.pitch}, {keys_ + column * p_.key_pitch, kBlock}, rows, columns, p_.key_dim,
+        is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) {
             const float* weight = decay.between(row + r + i, column + k);
             float* to = weights_ + (r + i) * kTilePitch + k;
@@ -257,8 +268,8 @@ class Backward {
                 store(to + v * kLanes, sum[i][v] * load(weight + v * kLanes));
           }
         });
-    scores({c.upstream.row(row), c.upstream.pitch}, values_ + column * p_.value_pitch, rows, columns, p_.value_dim,
-        is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
+    scores({c.upstream.row(row), c.upstream.pitch}, {values_ + column * p_.value_pitch, kBlock}, rows, columns,
+        p_.value_dim, is_triangle, [&](auto& sum, auto count, int64_t r, int64_t k) __attribute__((always_inline)) {
           const int64_t live = smaller(rows - r, kTileRows);
           Vec log = {};
           EFFATTN_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < live) {

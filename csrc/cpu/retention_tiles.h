@@ -18,11 +18,13 @@ namespace effattn::EFFATTN_ISA::retention {
 inline constexpr int64_t kBlock = 64;
 inline constexpr int64_t kTilePitch = 80;  // of a tile of scores: odd in cache lines, and rows of a last tile fit
 
-struct Rows {
-  const float* data;
+template <class Word>
+struct RowsOf {
+  const Word* data;
   int64_t pitch;
-  EFFATTN_INLINE const float* row(int64_t r) const { return data + r * pitch; }
+  EFFATTN_INLINE const Word* row(int64_t r) const { return data + r * pitch; }
 };
+using Rows = RowsOf<float>;
 
 // Rows first ... of a matrix of `tokens` rows as floats, where they lie or copied (times `factor`) to the buffer, which
 // holds rows + kTileRows.
@@ -59,11 +61,16 @@ EFFATTN_INLINE void scale_rows(float* to, const Rows& from, int64_t rows, const 
       store(to + r * from.pitch + c, load(from.row(r) + c) * broadcast(factor[r]));
 }
 
-struct Left {  // A(row, step)
-  const float* data;
+template <class Word>
+struct LeftOf {  // A(row, step)
+  const Word* data;
   int64_t row, step;
 };
-EFFATTN_INLINE Left by_rows(const Rows& rows) { return {rows.data, rows.pitch, 1}; }
+using Left = LeftOf<float>;
+template <class Word>
+EFFATTN_INLINE LeftOf<Word> by_rows(const RowsOf<Word>& rows) {
+  return {rows.data, rows.pitch, 1};
+}
 EFFATTN_INLINE Left by_columns(const Rows& rows) { return {rows.data, 1, rows.pitch}; }
 
 struct Steps {
@@ -72,13 +79,13 @@ struct Steps {
 
 // epilogue(accumulator[kTileRows][vectors], count of vectors, first row, first column) for every tile of A B;
 // steps(first row): the part of the sum that is not zero for these rows.
-template <class StepsOf, class Epilogue>
-EFFATTN_INLINE void product(
-    const Left& a, const Rows& b, int64_t rows, int64_t columns, StepsOf&& steps, Epilogue&& epilogue) {
+template <class Arithmetic = Float32, class StepsOf, class Epilogue>
+EFFATTN_INLINE void product(const LeftOf<typename Arithmetic::Word>& a, const RowsOf<typename Arithmetic::Word>& b,
+    int64_t rows, int64_t columns, StepsOf&& steps, Epilogue&& epilogue) {
   for_each_column_tile((columns + kLanes - 1) / kLanes, [&](auto count, int64_t column) __attribute__((always_inline)) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const Steps part = steps(r);
-      multiply_tile<Float32, count.value>(a.data + r * a.row + part.begin * a.step, a.row, a.step,
+      multiply_tile<Arithmetic, count.value>(a.data + r * a.row + part.begin * a.step, a.row, a.step,
           b.row(part.begin) + column, b.pitch, part.end - part.begin,
           [&](Vec(&sum)[kTileRows][count.value]) __attribute__((always_inline)) { epilogue(sum, count, r, column); });
     }
@@ -88,12 +95,14 @@ EFFATTN_INLINE void product(
 // The tiles of a block of scores, of `rows` queries and `keys` keys transposed to [d][kBlock]; on the diagonal of a
 // causal call only the vectors that reach it. Summed in two chains: an error of a score is seen, many times over, in
 // the gradient of the decay.
-template <class Epilogue>
-EFFATTN_INLINE void scores(const Rows& query, const float* keys, int64_t rows, int64_t columns, int64_t depth,
-    bool is_triangle, Epilogue&& epilogue) {
-  constexpr int kVectors = kChainedVectors<Float32>;
+template <class Arithmetic = Float32, class Epilogue>
+EFFATTN_INLINE void scores(const RowsOf<typename Arithmetic::Word>& query,
+    const RowsOf<typename Arithmetic::Word>& keys, int64_t rows, int64_t columns, int64_t depth, bool is_triangle,
+    Epilogue&& epilogue) {
+  constexpr int kVectors = kChainedVectors<Arithmetic>;
   const auto tile = [&](auto count, int64_t r, int64_t column) __attribute__((always_inline)) {
-    multiply_tile<Float32, count.value, kChains<Float32>>(query.row(r), query.pitch, 1, keys + column, kBlock, depth,
+    multiply_tile<Arithmetic, count.value, kChains<Arithmetic>>(query.row(r), query.pitch, 1, keys.data + column,
+        keys.pitch, depth,
         [&](Vec(&sum)[kTileRows][count.value]) __attribute__((always_inline)) { epilogue(sum, count, r, column); });
   };
   for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -182,15 +191,17 @@ EFFATTN_INLINE Vec decayed(Vec state, const Whole& whole, Vec added) {
 }
 
 // to = gamma^C from + A B: a state after one more chunk, (key_dim, pitch).
-inline void advance_state(const float* from, float* to, const Whole& whole, const Left& left, const Rows& right,
-    int64_t tokens, int64_t key_dim) {
-  product(
-      left, right, key_dim, right.pitch, [&](int64_t) { return Steps{0, tokens}; },
+template <class Arithmetic = Float32>
+inline void advance_state(const float* from, float* to, const Whole& whole,
+    const LeftOf<typename Arithmetic::Word>& left, const RowsOf<typename Arithmetic::Word>& right, int64_t steps,
+    int64_t key_dim, int64_t pitch) {
+  product<Arithmetic>(
+      left, right, key_dim, pitch, [&](int64_t) { return Steps{0, steps}; },
       [&](auto& sum, auto count, int64_t row, int64_t column) __attribute__((always_inline)) {
         const int64_t live = smaller(key_dim - row, kTileRows);
         EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) if (r < live)
             EFFATTN_UNROLL for (int v = 0; v < count.value; ++v) {
-          const int64_t at = (row + r) * right.pitch + column + v * kLanes;
+          const int64_t at = (row + r) * pitch + column + v * kLanes;
           store(to + at, decayed(load(from + at), whole, sum[r][v]));
         }
       });

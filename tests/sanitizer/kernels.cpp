@@ -413,9 +413,12 @@ void everything(DType dtype) {
 }  // namespace
 
 #include "packed_kernels.h"
+#include "retention_kernels.h"
 
 int main() {
   packed_kernels();
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) retention_kernels(DType::kFloat32);
+  retention_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) everything(DType::kFloat32);
   everything(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) window_kernels(DType::kFloat32);
