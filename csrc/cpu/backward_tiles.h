@@ -146,25 +146,6 @@ inline void row_deltas(const AttentionBackward& arguments, int64_t batch, int64_
   }
 }
 
-// Rows of the user's tensor = rows of `from` * factor; one look at the element type for all of them.
-template <class T>
-inline void store_rows(const Matrix& to, int64_t rows, const float* from, int64_t pitch, Vec factor, int64_t columns) {
-  T* data = static_cast<T*>(const_cast<void*>(to.data));
-  for (int64_t r = 0; r < rows; ++r)
-    if (!to.is_zero(r)) store_row(data + to.offset(r), to.column_stride, from + r * pitch, factor, columns);
-}
-
-inline void store_rows(const Matrix& to, int64_t rows, const float* from, int64_t pitch, Vec factor, int64_t columns) {
-  switch (to.dtype) {
-    case DType::kBFloat16:
-      return store_rows<bfloat16>(to, rows, from, pitch, factor, columns);
-    case DType::kFloat16:
-      return store_rows<float16>(to, rows, from, pitch, factor, columns);
-    default:
-      return store_rows<float>(to, rows, from, pitch, factor, columns);
-  }
-}
-
 template <class T>
 inline void rows_to_float(float* to, int64_t pitch, const Matrix& from, int64_t rows, int64_t columns) {
   const T* data = static_cast<const T*>(from.data);

@@ -25,6 +25,7 @@ class WindowPolicy {
 
  public:
   using Arguments = Windows;
+  static constexpr bool kManyProblems = true;
   static constexpr bool kReweighs = kWeights;
   static constexpr bool kAdds = true;
 

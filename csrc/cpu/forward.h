@@ -18,6 +18,7 @@
 
 #include "pack.h"
 #include "policy.h"
+#include "rows_ahead.h"
 #include "scratch.h"
 
 namespace effattn::EFFATTN_ISA {
@@ -54,6 +55,8 @@ class Forward {
   static constexpr int64_t kSummed =
       kPairs ? kKeyBlock : 128;  // keys summed in one register before they meet the earlier ones: bounds rounding
   static constexpr float kNoCorrection[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+  // Many short problems; in narrower registers a tile is too few keys.
+  static constexpr bool kShortRows = kLanes == 16 && requires { Policy::kManyProblems; };
   static constexpr int64_t kWeightPitch = kKeyBlock / Arithmetic::kPerWord;
 
  public:
@@ -144,63 +147,15 @@ class Forward {
       packed_ = true;
     }
     if (rows_.key_tokens && block == 0) {
-      const int64_t tiles = (rows_.keys + kScoreVectors * kLanes - 1) / (kScoreVectors * kLanes);
-      ahead_.plan(arguments_, rows_, batch + 1, head, larger(1, rows_.queries / kTileRows * (tiles + 1)));
+      const bool is_short = kShortRows && rows_.keys <= kTileColumns;
+      const int64_t tiles = is_short ? 1 : (rows_.keys + kScoreVectors * kLanes - 1) / (kScoreVectors * kLanes);
+      ahead_.plan(arguments_, rows_, batch, head, larger(1, rows_.queries / kTileRows * (tiles + 1)));
     }
     // Causal blocks differ in cost: deal them from both ends so that every range gets its share.
     const int64_t dealt = block % 2 == 0 ? block / 2 : blocks - 1 - block / 2;
     const int64_t rows = (rows_.queries + blocks - 1) / blocks;
     query_block(batch, head, dealt * rows, smaller(rows, rows_.queries - dealt * rows));
   }
-
-  // Rows of the same window in the next batch, brought into the cache while this one is computed, a few at a time:
-  // windows are short runs of tokens far apart.
-  class Ahead {
-   public:
-    void plan(const AttentionForward& arguments, const IndexSet& rows, int64_t batch, int64_t head, int64_t steps) {
-      row_ = 0;
-      last_ = batch < arguments.query.size[0] ? larger(rows.queries, rows.keys) : 0;
-      if (last_ == 0) return;
-      rows_ = rows;
-      share_ = (last_ + steps - 1) / steps;
-      const Tensor* tensors[] = {&arguments.query, &arguments.key, &arguments.value};
-      for (int t = 0; t < 3; ++t) {
-        const Matrix matrix = matrix_at(*tensors[t], batch, head);
-        const int64_t size = element_size(matrix.dtype);
-        data_[t] = static_cast<const char*>(matrix.data);
-        pitch_[t] = matrix.row_stride * size;
-        bytes_[t] = matrix.column_stride == 1 ? tensors[t]->size[3] * size : 1;
-      }
-    }
-
-    EFFATTN_INLINE void step() {
-      if (row_ < last_) fetch();
-    }
-
-   private:
-    __attribute__((noinline)) void fetch() {
-      const int64_t end = smaller(row_ + share_, last_);
-      for (; row_ < end; ++row_) {
-        if (row_ < rows_.queries) touch(0, rows_.query_tokens[row_]);
-        if (row_ < rows_.keys && rows_.key_tokens[row_] >= 0) {
-          touch(1, rows_.key_tokens[row_]);
-          touch(2, rows_.key_tokens[row_]);
-        }
-      }
-    }
-
-    EFFATTN_INLINE void touch(int tensor, int64_t token) const {
-      const char* row = data_[tensor] + token * pitch_[tensor];
-      __builtin_prefetch(row);
-      for (int64_t byte = 64; byte < bytes_[tensor]; byte += 64) __builtin_prefetch(row + byte);
-      if (bytes_[tensor] % 64) __builtin_prefetch(row + bytes_[tensor] - 1);
-    }
-
-    IndexSet rows_;
-    int64_t row_ = 0, last_ = 0, share_ = 0;
-    const char* data_[3];
-    int64_t pitch_[3], bytes_[3];
-  };
 
   // Groups of kTileRows rows and of one row less, so that nearly no row is computed in vain.
   struct Groups {
@@ -224,6 +179,12 @@ class Forward {
         matrix_at(arguments_.query, batch, head, row, policy_.rotation(), rows_.query_tokens), rows, padded_rows,
         head_dim_);
     const int64_t last_key = policy_.key_limit(row + rows - 1);
+    if constexpr (kShortRows) {
+      if (last_key > 0 && last_key <= kTileColumns && policy_.plain_keys(row) == rows_.keys) {
+        short_rows(row, rows, groups);
+        return finish(batch, head, row, rows);
+      }
+    }
     for (int64_t key = 0; key < last_key; key += kKeyBlock) {
       const int64_t count = smaller(kKeyBlock, last_key - key);
       policy_.stage(row, rows, key, count);
@@ -233,26 +194,7 @@ class Forward {
         ahead_.step();
         alignas(64) float correction[kRows];
         weigh_rows(row, r, kRows, key, count, correction);
-        const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * score_pitch_);
-        const int64_t weight_pitch = kPairs ? kWeightPitch : score_pitch_;
-        const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
-        const int64_t steps = words<Arithmetic>(count);
-        for_each_half_tile(head_dim_, [&](auto vectors, auto half, int64_t column) __attribute__((always_inline)) {
-          constexpr bool kHalf = half.value;
-          float* output = output_ + r * value_pitch_ + column;
-          const float* factor = correction;
-          for (int64_t first = 0; first < steps; first += kSummed) {
-            const Word* from = values + first * value_pitch_ + column;
-            const int64_t some = smaller(kSummed, steps - first);
-            if (key == 0 && first == 0)
-              output_tile<Arithmetic, kRows, vectors.value, kHalf, true>(
-                  weights, weight_pitch, from, value_pitch_, some, output, factor);
-            else
-              output_tile<Arithmetic, kRows, vectors.value, kHalf, false>(
-                  weights + first, weight_pitch, from, value_pitch_, some, output, factor);
-            factor = kNoCorrection;
-          }
-        });
+        add_output<kRows>(r, key, count, correction);
       });
     }
     if (last_key == 0) {
@@ -260,6 +202,84 @@ class Forward {
       for (int64_t r = 0; r < rows; ++r) running_max_[r] = -INFINITY, running_sum_[r] = 0.f;
     }
     finish(batch, head, row, rows);
+  }
+
+  // output of a group of rows = or correction * output + weights * values.
+  template <int kRows>
+  EFFATTN_INLINE void add_output(int64_t r, int64_t key, int64_t count, const float* correction) {
+    const Word* weights = kPairs ? weights_ : reinterpret_cast<const Word*>(scores_ + r * score_pitch_);
+    const int64_t weight_pitch = kPairs ? kWeightPitch : score_pitch_;
+    const Word* values = packed_values_ + key / Arithmetic::kPerWord * value_pitch_;
+    const int64_t steps = words<Arithmetic>(count);
+    for_each_half_tile(head_dim_, [&](auto vectors, auto half, int64_t column) __attribute__((always_inline)) {
+      constexpr bool kHalf = half.value;
+      float* output = output_ + r * value_pitch_ + column;
+      const float* factor = correction;
+      for (int64_t first = 0; first < steps; first += kSummed) {
+        const Word* from = values + first * value_pitch_ + column;
+        const int64_t some = smaller(kSummed, steps - first);
+        if (key == 0 && first == 0)
+          output_tile<Arithmetic, kRows, vectors.value, kHalf, true>(
+              weights, weight_pitch, from, value_pitch_, some, output, factor);
+        else
+          output_tile<Arithmetic, kRows, vectors.value, kHalf, false>(
+              weights + first, weight_pitch, from, value_pitch_, some, output, factor);
+        factor = kNoCorrection;
+      }
+    });
+  }
+
+  // Rows whose keys are one tile: the scores of six rows never leave the registers before they are weights.
+  void short_rows(int64_t row, int64_t rows, const Groups& groups) {
+    policy_.stage(row, rows, 0, rows_.keys);
+    groups.each([&](auto group_rows, int64_t r) __attribute__((always_inline)) {
+      ahead_.step();
+      weigh_tiles<group_rows.value, kTileVectors>((rows_.keys + kLanes - 1) / kLanes, row, r);
+      ahead_.step();
+      add_output<group_rows.value>(r, 0, rows_.keys, kNoCorrection);
+    });
+  }
+
+  template <int kRows, int kVectors>
+  EFFATTN_INLINE void weigh_tiles(int64_t vectors, int64_t row, int64_t r) {
+    if (vectors == kVectors) {
+      if (half_tail(rows_.keys))
+        weigh_tile<kRows, kVectors, kLanes == 16>(row, r);
+      else
+        weigh_tile<kRows, kVectors, false>(row, r);
+    } else if constexpr (kVectors > 1) {
+      weigh_tiles<kRows, kVectors - 1>(vectors, row, r);
+    }
+  }
+
+  template <int kRows, int kVectors, bool kHalf>
+  __attribute__((noinline)) void weigh_tile(int64_t row, int64_t r) {
+    const auto tile = policy_.template tile<true>(row + r, 0);
+    const Mask last = first_lanes(rows_.keys - (kVectors - 1) * kLanes);
+    multiply_tile<Arithmetic, kVectors, 1, kRows, kHalf>(packed_queries_ + r * query_pitch_, query_pitch_, 1,
+        packed_keys_, kVectors * kLanes, depth_, [&](Vec(&logit)[kRows][kVectors]) __attribute__((always_inline)) {
+          EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) logit[i][v] = tile.transform(logit[i][v], i, v);
+            logit[i][kVectors - 1] = select(last, logit[i][kVectors - 1], broadcast(-INFINITY));
+            Vec best = logit[i][0], sum = {};
+            EFFATTN_UNROLL for (int v = 1; v < kVectors; ++v) best = max(best, logit[i][v]);
+            const float largest = reduce_max(best);
+            const Vec shift = broadcast(largest == -INFINITY ? 0.f : largest);
+            const float* multipliers = nullptr;
+            if constexpr (Policy::kReweighs) multipliers = policy_.multipliers(row + r + i);
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+              const Vec weight = exp2<Arithmetic::kExp2Degree>(logit[i][v] - shift);
+              sum += weight;
+              const Vec to_store = reweighed(weight, multipliers + v * kLanes);
+              if constexpr (kPairs)
+                store_float(reinterpret_cast<bfloat16*>(weights_ + i * kWeightPitch) + v * kLanes, to_store);
+              else
+                store(scores_ + (r + i) * score_pitch_ + v * kLanes, to_store);
+            }
+            running_max_[r + i] = largest;
+            running_sum_[r + i] = reduce_add(sum);
+          }
+        });
   }
 
   void score_block(int64_t row, const Groups& groups, int64_t key, int64_t count) {
@@ -392,16 +412,19 @@ class Forward {
     const int64_t rotation = policy_.rotation();
     const Matrix to = matrix_at(arguments_.output, batch, head, row, rotation, rows_.query_tokens);
     float* logsumexp = arguments_.logsumexp + (batch * arguments_.query.size[1] + head) * tokens_;
-    float inverse[kQueryBlock];
+    alignas(64) float inverse[kQueryBlock], log_sum[kQueryBlock];
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const Vec sum = load(running_sum_ + r);
+      store(log_sum + r, sum == Vec{} ? broadcast(-INFINITY) : (load(running_max_ + r) + log2(sum)) * broadcast(kLn2));
+      store(inverse + r, sum == Vec{} ? Vec{} : broadcast(1.f) / sum);
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      const float sum = running_sum_[r];
       const int64_t rotated = row + r + rotation;
       const int64_t token = rows_.query_tokens  ? rows_.query_tokens[row + r]
                             : rotated < tokens_ ? rotated
                                                 : rotated - tokens_;
-      logsumexp[token] = sum > 0.f || sum != sum ? (running_max_[r] + log2f(sum)) * kLn2 : -INFINITY;
-      inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
-      if (sum == 0.f) memset(output_ + r * value_pitch_, 0, value_pitch_ * sizeof(float));
+      logsumexp[token] = log_sum[r];
+      if (running_sum_[r] == 0.f) memset(output_ + r * value_pitch_, 0, value_pitch_ * sizeof(float));
     }
     if constexpr (Policy::kAdds) {
       if (policy_.adds()) {
@@ -409,7 +432,9 @@ class Forward {
         for (int64_t r = 0; r < rows; ++r) inverse[r] = 1.f;
       }
     }
-    for (int64_t r = 0; r < rows; ++r) store_row(to, r, output_ + r * value_pitch_, broadcast(inverse[r]), head_dim_);
+    store_rows_by(
+        to, rows, output_, value_pitch_,
+        [&](int64_t r) __attribute__((always_inline)) { return broadcast(inverse[r]); }, head_dim_);
   }
 
   const AttentionForward& arguments_;
@@ -419,7 +444,7 @@ class Forward {
   IndexSet rows_;
   int64_t window_ = -1, batch_ = -1, key_head_ = -1, head_ = -1;
   bool packed_ = false;
-  Ahead ahead_;
+  RowsAhead ahead_;
   Word* packed_keys_;
   Word* packed_values_;
   Word* packed_queries_;
@@ -427,8 +452,8 @@ class Forward {
   float* scores_;
   float* output_;
   float* row_max_;
-  float running_max_[kQueryBlock];
-  float running_sum_[kQueryBlock];
+  alignas(64) float running_max_[kQueryBlock] = {};
+  alignas(64) float running_sum_[kQueryBlock] = {};
 };
 
 template <class Arithmetic, class Policy>

@@ -326,4 +326,30 @@ inline void store_row(const Matrix& to, int64_t row, const float* from, Vec fact
   }
 }
 
+// Rows of the user's tensor = rows of `from` * factor(row); one look at the element type for all of them.
+template <class T, class Factor>
+inline void store_rows(
+    const Matrix& to, int64_t rows, const float* from, int64_t pitch, const Factor& factor, int64_t columns) {
+  T* data = static_cast<T*>(const_cast<void*>(to.data));
+  for (int64_t r = 0; r < rows; ++r)
+    if (!to.is_zero(r)) store_row(data + to.offset(r), to.column_stride, from + r * pitch, factor(r), columns);
+}
+
+template <class Factor>
+inline void store_rows_by(
+    const Matrix& to, int64_t rows, const float* from, int64_t pitch, const Factor& factor, int64_t columns) {
+  switch (to.dtype) {
+    case DType::kBFloat16:
+      return store_rows<bfloat16>(to, rows, from, pitch, factor, columns);
+    case DType::kFloat16:
+      return store_rows<float16>(to, rows, from, pitch, factor, columns);
+    default:
+      return store_rows<float>(to, rows, from, pitch, factor, columns);
+  }
+}
+
+inline void store_rows(const Matrix& to, int64_t rows, const float* from, int64_t pitch, Vec factor, int64_t columns) {
+  store_rows_by(to, rows, from, pitch, [factor](int64_t) __attribute__((always_inline)) { return factor; }, columns);
+}
+
 }  // namespace effattn::EFFATTN_ISA

@@ -47,6 +47,8 @@
 //     with const float* multipliers(int64_t row) const;
 //       // by key; at least those of the staged score block, whole vectors. The row may run past the last one: clamp.
 //
+//     static constexpr bool kManyProblems;  // where it exists: rows of few keys get a tile of their own
+//
 //     static constexpr bool kAdds;  // what it adds to the output, where adds():
 //     void prepare_add<Arithmetic>(Word* values, int64_t pitch);
 //       // Before the first add of a problem: its values by pack_natural; one row more may be written behind them.

@@ -407,8 +407,9 @@ void everything(DType dtype) {
   shift_add_attention(dtype, 470, 16, 5, Binarize::kPerHead, Layout::kContiguous);
 }
 
-#include "local_enhancement_kernels.h"
 #include "window_kernels.h"
+// which it builds on:
+#include "local_enhancement_kernels.h"
 
 }  // namespace
 
@@ -423,6 +424,8 @@ int main() {
   everything(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) window_kernels(DType::kFloat32);
   window_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) local_enhancement_kernels(DType::kFloat32);
+  local_enhancement_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
