@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 import triton
-from effattn.triton_kernels import attention, configurations, cross_shaped_window, gaussian_mixture, retention, shift_add
+from effattn.triton_kernels import (
+    attention,
+    configurations,
+    cross_shaped_window,
+    gaussian_mixture,
+    retention,
+    shift_add,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

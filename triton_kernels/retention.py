@@ -90,6 +90,7 @@ class _Call:
             CHUNK=config.chunk,
             BLOCK_K=config.block_k,
             BLOCK_V=config.block_v,
+            TOGETHER=config.together,
             PRECISION=tuned.precision(query),
         )
 

@@ -16,23 +16,25 @@ class Configuration(NamedTuple):
     block_v: int
     num_warps: int
     num_stages: int
+    together: bool = False  # every product of a part of q at once: right where its operand passes through registers
 
 
 C = Configuration
 
 # Columns: up to 64, 128, 256 and 512 rows of a state. The scan of dQ carries two states.
-_MMA = (C(64, 64, 64, 8, 2), C(64, 128, 32, 8, 2), C(32, 256, 32, 8, 2), C(16, 128, 16, 8, 2))
-_MMA_TWO = (C(32, 64, 32, 8, 2), C(32, 128, 32, 8, 2), C(32, 256, 16, 8, 2), C(16, 128, 16, 16, 2))
+_MMA = (C(64, 64, 32, 8, 2), C(64, 128, 32, 8, 2), C(32, 256, 32, 8, 2), C(16, 128, 16, 8, 2))
+_MMA_TWO = (C(32, 64, 16, 8, 2), C(32, 128, 32, 8, 2), C(32, 256, 16, 8, 2), C(16, 128, 16, 8, 1))
 _WGMMA = (C(64, 64, 64, 4, 2), C(64, 128, 64, 4, 2), C(64, 256, 32, 4, 2), C(64, 128, 32, 8, 1))
-_WGMMA_TWO = (C(64, 64, 64, 8, 2), C(64, 128, 64, 8, 2), C(64, 256, 32, 8, 2), C(64, 128, 16, 8, 1))
+_WGMMA_TWO = (C(64, 64, 64, 8, 2), C(64, 128, 64, 8, 2), C(64, 256, 32, 8, 2), C(64, 128, 16, 8, 1, True))
 _MFMA = (C(32, 64, 32, 4, 1), C(32, 128, 32, 8, 1), C(32, 128, 32, 8, 1), C(16, 128, 16, 8, 1))
-_SINGLE = (C(16, 64, 32, 8, 1), C(16, 128, 16, 8, 1), C(16, 64, 16, 8, 1), C(16, 64, 16, 16, 1))
+_MFMA_TWO = (C(32, 64, 16, 4, 1), C(32, 128, 16, 8, 1), C(16, 128, 16, 8, 1), C(16, 128, 16, 8, 1))
+_SINGLE = (C(16, 64, 32, 8, 1, True), C(16, 128, 16, 8, 1, True), C(16, 64, 16, 8, 1, True), C(16, 64, 16, 8, 1, True))
 _HALF = {
     "sm_80": (_MMA, _MMA_TWO),
     "sm_90": (_WGMMA, _WGMMA_TWO),
     "sm_100": (_WGMMA, _WGMMA_TWO),
     "sm_120": (_MMA, _MMA_TWO),
-    "cdna": (_MFMA, _MFMA),
+    "cdna": (_MFMA, _MFMA_TWO),
 }
 _INTERPRETED = C(16, 64, 64, 4, 1)  # few programs, since each costs milliseconds, yet more than one chunk
 

@@ -134,11 +134,10 @@ def scan(
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`partner`: the tensor whose gradient the output is, where d log_decay is measured into `partial`."""
-    # q passes through registers in fp32, where a part is used up at once, and through shared memory else
-    TOGETHER: tl.constexpr = query.dtype.element_ty == tl.float32
     PARTS: tl.constexpr = (KEY_DIM + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     tile, s, h = head_of(tl.program_id(0), TILES, num_heads)
