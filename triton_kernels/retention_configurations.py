@@ -2,7 +2,7 @@
 
 Chosen by ahead-of-time compiles, as in configurations.py (tests/test_triton_compile.py). No tile here was timed. Registers
 spill in the scan of dQ with 256 or more rows in fp32 and with more than 256 on sm_80 and sm_120, with more than 256 rows in
-fp32 everywhere, by 8 in fp16 with 128 rows, and in chunks above the table's, which a caller may ask for.
+fp32 everywhere, by a few in fp16 and fp32 with 128 rows, and in chunks above the table's, which a caller may ask for.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ _WGMMA_TWO = (C(64, 64, 64, 8, 2), C(64, 128, 64, 8, 2), C(64, 256, 32, 8, 2), C
 _MFMA = (C(32, 64, 32, 4, 1), C(32, 128, 32, 8, 1), C(32, 128, 32, 8, 1), C(16, 128, 16, 8, 1))
 _MFMA_TWO = (C(32, 64, 16, 4, 1), C(32, 128, 16, 8, 1), C(16, 128, 16, 8, 1), C(16, 128, 16, 8, 1))
 _SINGLE = (C(16, 64, 32, 8, 1, True), C(16, 128, 16, 8, 1, True), C(16, 64, 16, 8, 1, True), C(16, 64, 16, 8, 1, True))
-_SINGLE_TWO = (C(16, 64, 16, 8, 1, True),) * 4
+_SINGLE_TWO = (C(16, 64, 16, 8, 1, True), C(16, 128, 16, 8, 1, True), *(C(16, 64, 16, 8, 1, True),) * 2)
 _HALF = {
     "sm_80": (_MMA, _MMA_TWO),
     "sm_90": (_WGMMA, _WGMMA_TWO),
@@ -53,6 +53,8 @@ def scan(query, value_dim, chunk, two_states):
         config = (_SINGLE_TWO if two_states else _SINGLE)[column]
     else:
         config = _HALF[family][two_states][column]
+        if query.dtype == torch.float16 and two_states and column:  # whose states meet their products in 32 bits
+            config = config._replace(block_k=64, block_v=min(config.block_v, 32))
     tile = max(16, 1 << (chunk - 1).bit_length()) if chunk else config.chunk
     if tile > config.chunk:  # at the caller's wish
         config = config._replace(block_v=min(config.block_v, 32), num_warps=8, num_stages=1)
