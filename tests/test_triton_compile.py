@@ -27,7 +27,6 @@ HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 a
 ENGINE = configurations.KERNELS
 SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
 WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
-SCANS = ("scan", "scan_dq", "scan_dk", "scan_dv")
 PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan")
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
@@ -70,10 +69,10 @@ def cases():
             ]
             + [
                 (operation, family, dtype, size, None)
-                for operation in triton_compiler.RETENTION
+                for operation in ("retention", "retention_bidirectional", "retention_recurrent")
                 for family in configurations.FAMILIES
-                for dtype in ("bfloat16", "float16", "float32")
-                for size in ((64, 128) if operation == "retention_chunk_128" else (64, 100, 128, 256))
+                for dtype, sizes in (("bfloat16", (64, 100, 128)), ("float32", (64, 100)))
+                for size in sizes
             ]
         )
     chosen = [

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from effattn.triton_kernels import retention as kernels
+
 from effattn import reference
 from effattn.ops.retention import _like_query
-from effattn.triton_kernels import retention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
@@ -92,27 +93,27 @@ def check_retention(shape, sequences, log_decay, dtype=torch.float32, row_scale=
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_chunks_with_a_carried_state_equal_the_reference(dtype):
-    check_retention((1, 2, 37, 5, 20), 1, decays(-0.02, -0.4), dtype)
+    check_retention((1, 2, 33, 5, 20), 1, decays(-0.02, -0.4), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_directions_equal_the_reference(dtype):
-    check_retention((1, 2, 37, 20, 5), 0, decays(-0.02, -0.4), dtype, row_scale=True, is_causal=False)
+    check_retention((1, 1, 33, 20, 5), 0, decays(-0.05), dtype, row_scale=True, is_causal=False)
 
 
 def test_packed_sequences_equal_sequences_one_by_one():
-    check_retention((1, 2, 37, 5, 4), 4, decays(-0.1, -0.01), row_scale=True, cu_seqlens=[0, 0, 19, 20, 37])
+    check_retention((1, 1, 24, 5, 4), 4, decays(-0.1), row_scale=True, cu_seqlens=[0, 0, 19, 20, 24])
     check_retention((1, 1, 20, 3, 4), 0, decays(-0.1), is_causal=False, cu_seqlens=[0, 17, 20])
 
 
-@pytest.mark.parametrize("chunk", [1, 9, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 32])
 def test_chunks_of_any_size_equal_the_reference(chunk):
-    check_retention((2, 1, 35, 3, 17), 2, decays(-0.05), chunk=chunk, row_scale=True)
+    check_retention((2, 1, 19, 3, 17), 2, decays(-0.05), chunk=chunk, row_scale=True)
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_extreme_decays_give_neither_nan_nor_drift(chunk):
-    check_retention((1, 4, 37, 3, 4), 1, decays(-INF, -100.0, -(2.0**-44), 0.0), chunk=chunk)
+    check_retention((1, 4, 18, 3, 4), 1, decays(-INF, -100.0, -(2.0**-44), 0.0), chunk=chunk)
     inputs, gradients = tensors(1, 1, 20, 3, 4, 1, torch.float32, decays(-INF))
     inputs[4][:] = 1e30
     output, state, *_, grad_log_decay, grad_initial = run(inputs, gradients, chunk=chunk)
@@ -124,14 +125,14 @@ def test_extreme_decays_give_neither_nan_nor_drift(chunk):
 
 
 def test_decays_near_one_do_not_drift_over_many_chunks():
-    """2^-26 a chunk: the fp32 power of gamma is 1, and would leave out 150 2^-26 of the state."""
-    tokens, decay = 300, -(2.0**-27)
+    """2^-26 a chunk: the fp32 power of gamma is 1, and would leave out 100 2^-26 of the state."""
+    tokens, decay = 200, -(2.0**-27)
     query, value = (random(1, 1, tokens, 1) * 2.0**-8 for _ in range(2))
     key, initial = torch.ones(1, 1, tokens, 1, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
     _, state = kernels.retention_fwd(query, key, value, decays(decay), initial, None, None, True, 2, True, 1.0)
     powers = (decay * torch.arange(tokens, -1, -1, dtype=torch.float64)).exp()
     expected = powers[0] + (powers[1:] * value[0, 0, :, 0].cpu()).sum()
-    assert abs(state.item() - expected.item()) < 2.0**-20
+    assert abs(state.item() - expected.item()) < 2.0**-21
 
 
 @pytest.mark.parametrize(
@@ -152,10 +153,10 @@ def test_any_size(sizes):
 
 
 def test_strides_and_neighbours_do_not_matter():
-    inputs, gradients = tensors(1, 2, 18, 5, 4, 1, torch.float32, decays(-0.1, -0.2))
+    inputs, gradients = tensors(1, 2, 9, 5, 4, 1, torch.float32, decays(-0.1, -0.2))
     expected = run(inputs, gradients)
-    wide = [torch.full((1, 2, 20, 12), INF, device=DEVICE) for _ in range(4)]
-    views = [w[:, :, 1:19, 1 : 1 + 2 * t.shape[3] : 2] for w, t in zip(wide, (*inputs[:3], gradients[0]))]
+    wide = [torch.full((1, 2, 11, 12), INF, device=DEVICE) for _ in range(4)]
+    views = [w[:, :, 1:10, 1 : 1 + 2 * t.shape[3] : 2] for w, t in zip(wide, (*inputs[:3], gradients[0]))]
     for view, tensor in zip(views, (*inputs[:3], gradients[0])):
         view.copy_(tensor)
     token_major = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (*inputs[:3], gradients[0])]
@@ -165,7 +166,7 @@ def test_strides_and_neighbours_do_not_matter():
             assert torch.equal(a, b)
         for gradient, like in zip(got[2:5], (query, key, value)):
             assert gradient.stride() == torch.empty_like(like).stride()
-    ones = [torch.ones(1, 1, 1, 1, device=DEVICE).expand(1, 2, 18, width) for width in (5, 5, 4, 4)]
+    ones = [torch.ones(1, 1, 1, 1, device=DEVICE).expand(1, 2, 9, width) for width in (5, 5, 4, 4)]
     got = run([*ones[:3], *inputs[3:]], (ones[3], gradients[1]))
     dense = [t.contiguous() for t in ones]
     for a, b in zip(got, run([*dense[:3], *inputs[3:]], (dense[3], gradients[1]))):

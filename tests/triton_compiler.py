@@ -83,7 +83,6 @@ RETENTION = {  # operation -> head_dim of value for one of query, is_causal, chu
     "retention": (lambda head_dim: head_dim, True, 0),
     "retention_wide": (lambda head_dim: 2 * head_dim, True, 0),
     "retention_bidirectional": (lambda head_dim: head_dim, False, 0),
-    "retention_chunk_128": (lambda head_dim: head_dim, True, 128),
     "retention_recurrent": (lambda head_dim: 2 * head_dim, True, 1),
 }
 OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS, *RETENTION)

@@ -90,6 +90,7 @@ class _Call:
             CHUNK=config.chunk,
             BLOCK_K=config.block_k,
             BLOCK_V=config.block_v,
+            TOGETHER=config.together,
             PRECISION=tuned.precision(query),
         )
 
@@ -129,6 +130,7 @@ def retention_bwd(
     call = _Call(query, log_decay, row_scale, cu_seqlens, is_causal, 0, scale)
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     absent = query.new_empty((0,), dtype=torch.float32)
+    grad_state = grad_state if return_state else None  # a compiled graph passes zeros like the empty state
     grad_initial = absent if initial_state is None else torch.empty_like(initial_state)
     call.scan(
         *(grad_query, grad_output, value, key),

@@ -76,7 +76,7 @@ def read_parts(q, states, result, PRECISION: tl.constexpr):
 def load_parts(tensor, strides, b, h, rows, valid, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     parts = ()
     for n in tl.static_range((HEAD_DIM + BLOCK - 1) // BLOCK):
-        parts = parts + (load_tile(tensor, strides, b, h, rows, valid, n * BLOCK, HEAD_DIM, BLOCK),)
+        parts += (load_tile(tensor, strides, b, h, rows, valid, n * BLOCK, HEAD_DIM, BLOCK),)
     return parts
 
 
@@ -134,11 +134,10 @@ def scan(
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`partner`: the tensor whose gradient the output is, where d log_decay is measured into `partial`."""
-    # q passes through registers in fp32, where a part is used up at once, and through shared memory else
-    TOGETHER: tl.constexpr = query.dtype.element_ty == tl.float32
     PARTS: tl.constexpr = (KEY_DIM + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     tile, s, h = head_of(tl.program_id(0), TILES, num_heads)
@@ -154,13 +153,11 @@ def scan(
     states = ()
     lags = ()
     for n in tl.static_range(PARTS):
-        lags = lags + (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
+        lags += (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
         if entering is not None:
-            states = states + (
-                load_state(entering, strides.entering, s, h, n * BLOCK_K, columns, KEY_DIM, VALUE_DIM, BLOCK_K),
-            )
+            states += (load_state(entering, strides.entering, s, h, n * BLOCK_K, columns, KEY_DIM, VALUE_DIM, BLOCK_K),)
         else:
-            states = states + (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
+            states += (tl.zeros((BLOCK_K, BLOCK_V), tl.float32),)
     total = tl.zeros((CHUNK,), tl.float64)
 
     for step in tl.range(chunks, disable_licm=True):  # an invariant tile would be kept in registers
@@ -226,15 +223,15 @@ def scan(
         states = ()
         for n in tl.static_range(PARTS):
             if v.dtype == tl.float32:
-                states = states + (w * before[n] + matmul(tl.trans(k[n]), moved, e * before[n], PRECISION),)
+                states += (w * before[n] + matmul(tl.trans(k[n]), moved, e * before[n], PRECISION),)
             else:
-                states = states + (matmul(tl.trans(k[n]), moved, w * before[n] + e * before[n], PRECISION),)
+                states += (matmul(tl.trans(k[n]), moved, w * before[n] + e * before[n], PRECISION),)
         if MEASURE == EVERYTHING:
             lags_before = lags
             lags = ()
             for n in tl.static_range(PARTS):
                 lag = lags_before[n] + count.to(tl.float32) * before[n]
-                lags = lags + (w * lag + e * lag,)
+                lags += (w * lag + e * lag,)
 
     if leaving is not None:
         for n in tl.static_range(PARTS):
