@@ -7,20 +7,19 @@
 // or, with a step's decay applied to the state beforehand, e_i = a gamma^i and l_j = b gamma^(C - j): the form of a
 // scan that runs from the last token to the first. kDecay: instead of O, the sum of dO . dO/dw, which takes
 //
-//   dO_i/dw = e_i (q_i (T + n_i S)) + sum over j <= i of (i - j) (s gamma^(i - j) q_i . k_j) v_j,  n_i = i + 1 (or i)
-//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j,                            m_j = C - 1 - j (or
-//   C - j)
+//   dO_i/dw = e_i (q_i (T + n_i S)) + sum over j <= i of (i - j) (s gamma^(i - j) q_i . k_j) v_j
+//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j
 //
-// T, n, m, i - j stand here divided by 64, so that the largest of them is 1.
+// with n_i and m_j the exponents of e_i and l_j. T and all these factors are kept divided by 64, the largest is then 1.
 //
 // A block of 8 warps owns a (sequence, head) and kWidth columns of v. Registers hold S (and T) in float32, kDepth x
 // kWidth over 256 threads, and a chunk's scores and outputs. Shared memory holds q and k, 64 tokens by a slice of the
 // depth (16-bit: 64, the next slice under way; float32: 32), v twice, S in the type of q for the product q S, and in
-// turns the weighted v and the weighted scores. Nothing else is written. S passes the chunk's decay as S + expm1(C w)
-// S.
+// turns the weighted v and the weighted scores. No chunk writes anything but its rows of O. S passes a chunk's decay as
+// S + expm1(C w) S: a gamma^C near 1, rounded, would err the same way at every chunk.
 //
-// A chunk and block: 2 C (C (depth + width) + 2 depth width) FLOPs; from L2 C (2 depth + width) elements, q and k once
-// for each tile of columns.
+// A chunk and block: 2 C (C (depth + kWidth) + 2 depth kWidth) FLOPs, of the first term 16-bit leaves out most of what
+// is above the diagonal; C (2 depth + kWidth) elements are read, q and k from L2 by all tiles of columns but one.
 #pragma once
 
 #include <type_traits>
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(kScanThreads, ScanShape<T, kDepth, kWidth, kDe
   };
 
   StateTile state[kStates][kSlices];
-  // function(row, column, run) for the state's runs, in the whole matrix; `inside` says what of a run exists.
+  // function(row, column, run) for the runs of a state, rows counted over all slices.
   const auto each_of_state = [&](int which, auto function) {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice)
