@@ -51,22 +51,21 @@ def shift_add_attention(device: str) -> Iterator[Tensor]:
 
 
 def retention(device: str) -> Iterator[Tensor]:
-    decay = effattn.retnet_log_decay(3, dtype=torch.float32, device=device).requires_grad_()
-    packed = torch.tensor([0, 5, 5, 133], dtype=torch.int32, device=device)
+    decay = effattn.retnet_log_decay(2, dtype=torch.float32, device=device).requires_grad_()
+    packed = torch.tensor([0, 5, 5, 70], dtype=torch.int32, device=device)
     for dtype in DTYPES:
-        for key_dim, value_dim in ((24, 33), (130, 40), (200, 300)):
-            q, k = (torch.randn(1, 3, 133, key_dim, device=device).to(dtype).requires_grad_() for _ in range(2))
-            v = torch.randn(1, 3, 133, value_dim, device=device).to(dtype).requires_grad_()
-            state = torch.randn(3, 3, key_dim, value_dim, device=device, requires_grad=True)
+        for key_dim, value_dim in ((24, 33), (130, 40), (20, 260)):
+            q, k = (torch.randn(1, 2, 70, key_dim, device=device).to(dtype).requires_grad_() for _ in range(2))
+            v = torch.randn(1, 2, 70, value_dim, device=device).to(dtype).requires_grad_()
+            state = torch.randn(3, 2, key_dim, value_dim, device=device, requires_grad=True)
             with_state = {"initial_state": state, "return_state": True, "cu_seqlens": packed}
             yield torch.cat([x.flatten() for x in effattn.retention(q, k, v, decay, **with_state, backend="cuda")])
             for options in ({"normalize": "retnet", "chunk_size": 17}, {"is_causal": False}):
                 yield effattn.retention(q, k, v, decay, **options, backend="cuda")
             token = [x.detach()[:, :, :1] for x in (q, k, v)]
             for inplace in (False, True):
-                yield effattn.retention_step(
-                    *token, decay.detach(), state.detach()[:1].clone(), inplace=inplace, backend="cuda"
-                )[0]
+                one = state.detach()[:1].clone()
+                yield effattn.retention_step(*token, decay.detach(), one, inplace=inplace, backend="cuda")[0]
 
 
 def main() -> int:

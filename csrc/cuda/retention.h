@@ -32,7 +32,7 @@ Scan<T> scan_of(const Retention& a, const Tensor& query, const Tensor& key, cons
   scan.log_decay = a.log_decay;
   scan.row_scale = a.row_scale;
   scan.bounds = a.bounds;
-  scan.tokens = a.query.size[2];
+  scan.tokens = static_cast<int>(a.query.size[2]);
   scan.heads = a.query.size[1];
   scan.sequences = a.sequences;
   scan.depth = static_cast<int>(query.size[3]);
@@ -47,6 +47,9 @@ Scan<T> scan_of(const Retention& a, const Tensor& query, const Tensor& key, cons
 template <class T>
 Scan<T> reversed(Scan<T> scan) {
   scan.reverse = true;
+  for (Planes<T>* planes : {&scan.query, &scan.key, &scan.value, &scan.grad_output})
+    planes->row_stride = -planes->row_stride;
+  scan.output.row_stride = -scan.output.row_stride;
   scan.leaving_scale = scan.entering_scale;
   scan.entering_scale = 1;
   return scan;

@@ -7,20 +7,19 @@
 // or, with a step's decay applied to the state beforehand, e_i = a gamma^i and l_j = b gamma^(C - j): the form of a
 // scan that runs from the last token to the first. kDecay: instead of O, the sum of dO . dO/dw, which takes
 //
-//   dO_i/dw = e_i (q_i (T + n_i S)) + sum over j <= i of (i - j) (s gamma^(i - j) q_i . k_j) v_j,  n_i = i + 1 (or i)
-//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j,                            m_j = C - 1 - j (or
-//   C - j)
+//   dO_i/dw = e_i (q_i (T + n_i S)) + sum over j <= i of (i - j) (s gamma^(i - j) q_i . k_j) v_j
+//   T = dS/dw  <-  gamma^C (T + C S) + sum over j of m_j l_j k_j^T v_j
 //
-// T, n, m, i - j stand here divided by 64, so that the largest of them is 1.
+// with n_i and m_j the exponents of e_i and l_j. T and all these factors are kept divided by 64, the largest is then 1.
 //
 // A block of 8 warps owns a (sequence, head) and kWidth columns of v. Registers hold S (and T) in float32, kDepth x
 // kWidth over 256 threads, and a chunk's scores and outputs. Shared memory holds q and k, 64 tokens by a slice of the
 // depth (16-bit: 64, the next slice under way; float32: 32), v twice, S in the type of q for the product q S, and in
-// turns the weighted v and the weighted scores. Nothing else is written. S passes the chunk's decay as S + expm1(C w)
-// S.
+// turns the weighted v and the weighted scores. No chunk writes anything but its rows of O. S passes a chunk's decay as
+// S + expm1(C w) S: a gamma^C near 1, rounded, would err the same way at every chunk.
 //
-// A chunk and block: 2 C (C (depth + width) + 2 depth width) FLOPs; from L2 C (2 depth + width) elements, q and k once
-// for each tile of columns.
+// A chunk and block: 2 C (C (depth + kWidth) + 2 depth kWidth) FLOPs, of the first term 16-bit leaves out most of what
+// is above the diagonal; C (2 depth + kWidth) elements are read, q and k from L2 by all tiles of columns but one.
 #pragma once
 
 #include <type_traits>
@@ -46,9 +45,9 @@ struct Scan {
   const int32_t* bounds;      // (sequences + 1,) or null: sequence b is batch b
   const float* added;         // (B, H, N, width) or null: added to the output before it is rounded
   float* partial;             // the same, or null: where the output goes instead
-  int64_t tokens, heads, sequences;
-  int depth, width, chunk;
-  bool reverse, strict, scales_values;  // strict: j < i
+  int64_t heads, sequences;
+  int tokens, depth, width, chunk;
+  bool reverse, strict, scales_values;  // reverse: row strides are negative already; strict: j < i
   float score_scale, entering_scale, leaving_scale;
 
   // kDecay only.
@@ -69,6 +68,9 @@ struct ScanShape {
   static constexpr int kScoreTile = kChunk * kScorePitch, kWeightedTiles = kStates * kChunk * kPitch;
   static constexpr int kScratch = kScoreTile > kWeightedTiles ? kScoreTile : kWeightedTiles;
 
+  // On a multiprocessor, as far as registers go: 128 a thread or all 255.
+  static constexpr int kBlocks = sizeof(T) == 2 && kDepth == 128 && kWidth == 32 && !kDecay ? 2 : 1;
+
   static constexpr size_t bytes() {
     return 2 * shared_bytes<T>(kStages * kChunk * kSlicePitch) + shared_bytes<T>(2 * kChunk * kPitch) +
            shared_bytes<T>(kScratch) + shared_bytes<T>(kStates * kDepth * kPitch) + shared_bytes<float>(kChunk + 1) +
@@ -77,7 +79,8 @@ struct ScanShape {
 };
 
 template <class T, int kDepth, int kWidth, bool kDecay>
-__global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
+__global__ void __launch_bounds__(kScanThreads, ScanShape<T, kDepth, kWidth, kDecay>::kBlocks)
+    retention_scan(Scan<T> a) {
   using Shape = ScanShape<T, kDepth, kWidth, kDecay>;
   constexpr int kSlice = Shape::kSlice, kSlices = Shape::kSlices, kStages = Shape::kStages, kStates = Shape::kStates;
   constexpr int kSlicePitch = Shape::kSlicePitch, kPitch = Shape::kPitch, kScorePitch = Shape::kScorePitch;
@@ -104,42 +107,43 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
   const int first_column = static_cast<int>(tile) * kWidth, width = min(kWidth, a.width - first_column);
   const int slices = (a.depth + kSlice - 1) / kSlice, early = a.reverse ? 1 : 0;
 
-  int64_t begin = 0, end = a.tokens;
+  int begin = 0, end = a.tokens;
   if (a.bounds != nullptr) {
-    begin = min(max(static_cast<int64_t>(a.bounds[sequence]), int64_t{0}), a.tokens);
-    end = min(max(static_cast<int64_t>(a.bounds[sequence + 1]), begin), a.tokens);
+    begin = min(max(a.bounds[sequence], 0), a.tokens);
+    end = min(max(a.bounds[sequence + 1], begin), a.tokens);
   }
   // Token p of the scan, counted from `start` in its direction.
-  const int64_t length = end - begin, start = a.reverse ? end - 1 : begin, direction = a.reverse ? -1 : 1;
-  const auto origin = [&](Planes<T>& planes, int64_t column) {
-    const T* data = planes.plane(plane) + start * planes.row_stride + column * planes.column_stride;
-    planes.row_stride *= direction;
-    return data;
+  const int length = end - begin, start = a.reverse ? end - 1 : begin, direction = a.reverse ? -1 : 1;
+  const auto origin = [&](const Planes<T>& planes, int column) {
+    return planes.plane(plane) + start * direction * planes.row_stride + column * planes.column_stride;
   };
   const T* const query = origin(a.query, 0);
   const T* const key = origin(a.key, 0);
   const T* const value = origin(a.value, first_column);
+  const T* const grad_output = kDecay ? origin(a.grad_output, first_column) : nullptr;
+  T* const output_origin = kDecay ? nullptr : a.output.at(plane, start * direction, first_column);
   const float* const row_scale = a.row_scale != nullptr ? a.row_scale + plane * a.tokens + start : nullptr;
 
   const float log_decay = a.log_decay[head];
   if (thread_index() <= kChunk) powers[thread_index()] = decay_power(log_decay, thread_index());
 
   // Starts the copies of a slice of chunk n, and with the first one of its values.
-  const auto bring = [&](int64_t n, int slice, int stage) {
-    const int64_t first = n * a.chunk, rows = min(static_cast<int64_t>(a.chunk), length - first);
+  const auto bring = [&](int n, int slice, int stage) {
+    const int64_t first = n * a.chunk;
+    const int rows = min(a.chunk, length - n * a.chunk);
     const int depth = slice * kSlice;
     fill_tile<kChunk, kSlice, kScanThreads>(queries.from(stage * kChunk * kSlicePitch), kSlicePitch, a.query,
         query + first * a.query.row_stride + depth * a.query.column_stride, rows, a.depth - depth);
     fill_tile<kChunk, kSlice, kScanThreads>(keys.from(stage * kChunk * kSlicePitch), kSlicePitch, a.key,
         key + first * a.key.row_stride + depth * a.key.column_stride, rows, a.depth - depth);
     if (slice == 0)
-      fill_tile<kChunk, kWidth, kScanThreads>(values.from(static_cast<int>(n % 2) * kChunk * kPitch), kPitch, a.value,
-          value + first * a.value.row_stride, rows, width);
+      fill_tile<kChunk, kWidth, kScanThreads>(
+          values.from(n % 2 * kChunk * kPitch), kPitch, a.value, value + first * a.value.row_stride, rows, width);
     cp_async_commit();
   };
 
   StateTile state[kStates][kSlices];
-  // function(row, column, run) for the state's runs, in the whole matrix; `inside` says what of a run exists.
+  // function(row, column, run) for the runs of a state, rows counted over all slices.
   const auto each_of_state = [&](int which, auto function) {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice)
@@ -194,10 +198,11 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
   double total = 0;
   int stage = 0;
   if (length > 0) bring(0, 0, 0);
-  for (int64_t n = 0, first = 0; first < length; ++n, first += a.chunk) {
-    const int count = static_cast<int>(min(static_cast<int64_t>(a.chunk), length - first));
+  for (int n = 0; n * a.chunk < length; ++n) {
+    const int first = n * a.chunk;
+    const int count = min(a.chunk, length - first);
     const bool last = first + count >= length;
-    const auto chunk_values = values.from(static_cast<int>(n % 2) * kChunk * kPitch);
+    const auto chunk_values = values.from(n % 2 * kChunk * kPitch);
     const float whole_decay = expm1f(log_decay * count);
     const bool has_rows = ScoreTile::first_row() < count;
 
@@ -330,35 +335,36 @@ __global__ void __launch_bounds__(kScanThreads) retention_scan(Scan<T> a) {
     output[0].each([&](int i, int column, auto& run) {
       if (i >= count || column >= width) return;
       constexpr int kRun = OutputTile::kRun;
-      const int64_t token = start + (first + i) * direction;
       const int inside = min(kRun, width - column);
       const float scale = !a.scales_values && row_scale != nullptr ? row_scale[(first + i) * direction] : 1.0f;
       if constexpr (kDecay) {
-        const T* grad = a.grad_output.plane(plane) + token * a.grad_output.row_stride +
-                        (first_column + column) * a.grad_output.column_stride;
+        const T* grad = grad_output + (first + i) * a.grad_output.row_stride + column * a.grad_output.column_stride;
         float sum = 0;
 #pragma unroll
         for (int r = 0; r < kRun; ++r)
           if (r < inside) sum = fmaf(to_float(grad[r * a.grad_output.column_stride]), run[r], sum);
         dot = fmaf(scale, sum, dot);
-      } else {
-        const int64_t row = (plane * a.tokens + token) * a.width + first_column + column;
-        Vec<T, kRun> rounded;
+        return;
+      }
+      if (a.partial != nullptr || a.added != nullptr) {
+        const int64_t at = (plane * a.tokens + start + (first + i) * direction) * a.width + first_column + column;
 #pragma unroll
         for (int r = 0; r < kRun; ++r) {
-          if (r < inside && a.added != nullptr) run[r] += a.added[row + r];
-          if (r < inside && a.partial != nullptr) a.partial[row + r] = run[r];
-          rounded[r] = from_float<T>(run[r] * scale);
+          if (r < inside && a.added != nullptr) run[r] += a.added[at + r];
+          if (r < inside && a.partial != nullptr) a.partial[at + r] = run[r];
         }
         if (a.partial != nullptr) return;
-        T* to = a.output.at(plane, token, first_column + column);
-        if (inside == kRun && a.output.column_stride == 1 && reinterpret_cast<uintptr_t>(to) % sizeof(rounded) == 0) {
-          store_global(to, rounded);
-        } else {
+      }
+      Vec<T, kRun> rounded;
 #pragma unroll
-          for (int r = 0; r < kRun; ++r)
-            if (r < inside) to[r * a.output.column_stride] = rounded[r];
-        }
+      for (int r = 0; r < kRun; ++r) rounded[r] = from_float<T>(run[r] * scale);
+      T* to = output_origin + (first + i) * a.output.row_stride + column * a.output.column_stride;
+      if (inside == kRun && a.output.column_stride == 1 && reinterpret_cast<uintptr_t>(to) % sizeof(rounded) == 0) {
+        store_global(to, rounded);
+      } else {
+#pragma unroll
+        for (int r = 0; r < kRun; ++r)
+          if (r < inside) to[r * a.output.column_stride] = rounded[r];
       }
     });
     total += dot;

@@ -24,7 +24,7 @@ class ScanTile {
   static_assert(kRows == 64 && kColumns % 32 == 0);
 
  public:
-  static constexpr int kStep = 16, kUnroll = 4, kRun = 2, kFragments = kColumns / 16;
+  static constexpr int kStep = 16, kUnroll = 2, kRun = 2, kFragments = kColumns / 16;
 
   using Left = MatrixLeft;
 

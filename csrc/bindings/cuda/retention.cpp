@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "tensors.h"
 
@@ -64,6 +65,7 @@ Retention arguments_of(const Device& device, TorchTensor& query, TorchTensor& ke
   a.value = value_of(device, value, a.query);
   a.log_decay = decay_of(device, log_decay, a.query);
   const int64_t batch = a.query.size[0], heads = a.query.size[1], tokens = a.query.size[2];
+  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max() - kLongestChunk, "too many tokens: ", tokens);
   a.sequences = batch;
   if (cu_seqlens) {
     STD_TORCH_CHECK(batch == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "cu_seqlens needs a batch of 1");
