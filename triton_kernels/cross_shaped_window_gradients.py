@@ -493,7 +493,7 @@ def lepe_gradient(
                     UNIT,
                 )
             )
-            sums = sums + (totals[tap] + near * do,)  # noqa: RUF005 - Triton's language has no starred item
+            sums = sums + (totals[tap] + near * do,)
             if delta is not None:
                 convolved += near * tap_row(lepe_weight, h, tap, HEAD_DIM, BLOCK_D)[None, :]
         totals = sums

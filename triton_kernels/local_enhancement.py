@@ -139,7 +139,7 @@ def enhancement_gradient(
     empty = tl.zeros((ROWS, BLOCK_D), tl.float32)
     totals = ()
     for _ in tl.static_range(TAPS):
-        totals = totals + (empty,)  # noqa: RUF005 - Triton's language has no starred item
+        totals = totals + (empty,)
     bias_total = empty
     for member in range(chunk * share, tl.minimum(chunk * share + share, batch * blocks)):
         b = (member // blocks).to(tl.int64)
@@ -156,7 +156,7 @@ def enhancement_gradient(
                 *(v_head, strides.value, y + (first + n) // SIZE - SIZE // 2, x + (first + n) % SIZE - SIZE // 2),
                 *(on_grid, grid_h, grid_w, prefix, HEAD_DIM, BLOCK_D, UNIT),
             )
-            sums = sums + (totals[n] + near * do,)  # noqa: RUF005
+            sums = sums + (totals[n] + near * do,)
         totals = sums
     channel = (chunk.to(tl.int64) * num_heads + h) * HEAD_DIM + dims
     for n in tl.static_range(TAPS):
