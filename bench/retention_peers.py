@@ -174,13 +174,17 @@ def published(how: Same = uncompiled) -> Callable[[Case, Inputs, bool], Call]:
             along_x, along_y = _bias(inputs, _line(width)), _bias(inputs, _line(height))
 
             def attend(query, key, value, weight, lce_bias):
-                # Four dimensions: of five, torch.compile's attention pattern fails.
-                rows = [t.unflatten(2, case.grid).transpose(1, 2).flatten(0, 1) for t in (query, key * scale, value)]
-                first = _attend(*rows, along_x)  # B h, H, w, D
-                columns = (t.unflatten(0, (-1, height)).permute(0, 3, 2, 1, 4) for t in (*rows[:2], first))
-                second = _attend(*(t.flatten(0, 1) for t in columns), along_y)  # B w, H, h, D
-                output = second.unflatten(0, (-1, width)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+                rows = [t.unflatten(2, case.grid).transpose(1, 2) for t in (query, key * scale, value)]  # B, h, H, w, D
+                first = over_lines(*rows, along_x)
+                columns = (t.permute(0, 3, 2, 1, 4) for t in (*rows[:2], first))  # B, w, H, h, D
+                output = over_lines(*columns, along_y).permute(0, 2, 3, 1, 4).flatten(2, 3)
                 return _enhanced(output, value, case.grid, weight, lce_bias)
+
+            def over_lines(query, key, value, bias):
+                if how is uncompiled:
+                    return _attend(query, key, value, bias)
+                lines = (t.flatten(0, 1) for t in (query, key, value))  # of five dimensions its attention pattern fails
+                return _attend(*lines, bias).unflatten(0, query.shape[:2])
 
         attend = how(attend)
         return lambda: attend(*inputs[:3], *lce)
