@@ -173,7 +173,7 @@ def test_longer_chunks_are_refused_with_the_reason(backend):
     query = torch.randn(1, 1, 65, 4, device=device_of(backend))
     log_decay = torch.zeros(1, device=query.device)
     for options in ({"method": "parallel"}, {"chunk_size": 65}):
-        with pytest.raises(NotImplementedError, match="chunks of 65 tokens are above 64"):
+        with pytest.raises(NotImplementedError, match="a chunk of 65 tokens; its tiles hold 64"):
             retention(query, query, query, log_decay, backend=backend, **options)
 
 

@@ -16,7 +16,8 @@ NORMALIZE = ("none", "retnet")
 METHODS = ("auto", "parallel", "chunkwise", "recurrent")
 MAX_VALUE_DIM = 512
 DEFAULT_CHUNK = 64  # what FLOPs are counted for
-TRITON_CHUNK, TRITON_TILE_BYTES = 128, 32768  # of a Triton tile: tokens at most, bytes of their keys at most
+CUDA_CHUNK, TRITON_CHUNK = 64, 128  # most tokens of a tile
+TRITON_TILE_BYTES = 32768  # most bytes of its keys
 
 
 def _flops(query, key, value, is_causal, chunk_size, *rest) -> int:
@@ -92,27 +93,21 @@ step_inplace = Op(
 )
 """One token, (B, H, 1, D); log_decay (H,) and state (B, H, Dk, Dv) contiguous float32."""
 
-LONGEST_CUDA_CHUNK = 64
+
+def _chunks_up_to(most: int, problem: Problem, kernel) -> tuple[bool, str]:
+    ok, reason = kernel(problem)
+    if ok and problem.chunk_size > most:
+        return False, f"a chunk of {problem.chunk_size} tokens; its tiles hold {most} of head_dim {problem.head_dim}"
+    return ok, reason
 
 
 def _cuda_scan(problem: Problem) -> tuple[bool, str]:
-    if problem.chunk_size > LONGEST_CUDA_CHUNK:
-        return False, f"chunks of {problem.chunk_size} tokens are above {LONGEST_CUDA_CHUNK}"
-    return cuda_kernel(problem)
+    return _chunks_up_to(CUDA_CHUNK, problem, cuda_kernel)
 
 
 def _triton_scan(problem: Problem) -> tuple[bool, str]:
-    """As `triton_kernel`, of chunks that a tile holds."""
-    ok, reason = triton_kernel(problem)
-    if not ok:
-        return ok, reason
-    most = TRITON_TILE_BYTES // (problem.dtype.itemsize * max(64, 1 << (problem.head_dim - 1).bit_length()))
-    if problem.chunk_size > min(most, TRITON_CHUNK):
-        return (
-            False,
-            f"chunks of {problem.chunk_size} tokens: its tiles hold {min(most, TRITON_CHUNK)} of head_dim {problem.head_dim}",
-        )
-    return True, reason
+    key_bytes = problem.dtype.itemsize * max(64, 1 << (problem.head_dim - 1).bit_length())
+    return _chunks_up_to(min(TRITON_CHUNK, TRITON_TILE_BYTES // key_bytes), problem, triton_kernel)
 
 
 register(
@@ -163,8 +158,9 @@ def retention(
             one per sequence: (S, H, ...).
         return_state: also return the state after the last token, of initial_state's shape. A sequence split anywhere,
             the state handed on, gives what the whole sequence gives.
-        method: "parallel", "chunkwise", "recurrent", or "auto".
-        chunk_size: tokens of a chunk, for "chunkwise"; default: what suits the kernel.
+        method: "parallel" (one chunk), "chunkwise", "recurrent" (chunks of one token), or "auto".
+        chunk_size: tokens of a chunk, for "chunkwise"; default: what suits the kernel. Kernels of a GPU hold a chunk in
+            a tile, 64 tokens in CUDA and up to 128 in Triton; a larger one runs on the reference.
         cu_seqlens: (S + 1,) int32, ascending from 0 to N: packs S sequences one after the other, B = 1.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit backend never falls back.
 
