@@ -372,7 +372,7 @@ PROBLEMS = (
     _retention_step(2, 16, 256, 432),
     _retention_step(4, 40, 64, 64),
     _manhattan(1, 2, (3, 4), 8, small=True, lce=True),
-    _manhattan(1, 2, (3, 4), 8, small=True, decomposed=True),
+    _manhattan(1, 2, (3, 4), 8, decomposed=True),
     _manhattan(2, 4, (56, 56), 16, decomposed=True, lce=True),
     _manhattan(2, 4, (28, 28), 32, decomposed=True),
     _manhattan(2, 4, (28, 28), 32, decomposed=True, decay="weights"),

@@ -35,8 +35,8 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     detail: str = ""  # a feature of this call that no kernel serves, in words
     length: int = -1  # queries, -1 unknown (under torch.compile, where a comparison would make the graph recompile)
-    chunk_size: int = 0  # tokens per chunk that the call asks for, 0: the backend's choice
     work: int = -1  # multiply-adds of the score matrix, likewise
+    chunk_size: int = 0  # tokens per chunk that the call asks for, 0: the backend's choice
 
 
 class Verdict(NamedTuple):

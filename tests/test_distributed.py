@@ -211,7 +211,7 @@ def test_backward_of_calls_in_a_row_and_of_only_the_state(alone, monkeypatch):
         ({"scale": "1"}, TypeError, "scale must be a number"),
         ({"initial_state": torch.zeros(1, 2, 5, 4)}, ValueError, r"initial_state must have shape \(1, 2, 4, 4\)"),
         ({"initial_state": torch.zeros(1, 2, 4, 4).double()}, TypeError, "initial_state must be torch.float32"),
-        ({"backend": "cuda"}, NotImplementedError, "cuda"),
+        ({"backend": "torch"}, ValueError, "backend must be one of"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_sent(alone, monkeypatch, options, error, message):
