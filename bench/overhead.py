@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -42,9 +43,16 @@ def call_overhead(rounds: int = 15, calls: int = 200) -> dict[str, float]:
 
 
 def import_time(repeats: int = 5) -> float:
-    """Median milliseconds of ``import effattn`` in a fresh process that has imported torch."""
+    """Median milliseconds of ``import effattn`` in a fresh process that has imported torch, with byte code at hand.
+
+    pip writes byte code with an ordinary installation; where an editable one was told not to, a first run writes it.
+    """
     code = "import time, torch; t = time.perf_counter(); import effattn; print(1e3 * (time.perf_counter() - t))"
-    runs = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(repeats)
-    )
-    return statistics.median(float(run.stdout) for run in runs)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+    def run() -> float:
+        command = [sys.executable, "-c", code]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    run()
+    return statistics.median(run() for _ in range(repeats))
