@@ -27,8 +27,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "accuracy.md"
 )
 def test_operator_stays_in_its_budget(op, backend, dtype):
     require(op, backend)
-    if is_slow(backend) and dtype == torch.float16:
-        pytest.skip("the interpreter is slow, and rounds to bfloat16 more coarsely")
+    if is_slow(backend) and dtype != torch.float32:
+        pytest.skip("the interpreter is slow; the conformance suite has a case of bfloat16 of every operator")
     entries = accuracy.measure(backend, operators=[op], dtypes=[dtype])
     assert entries
     outside = [f"{e.shape} {e.tensor} uses {e.used:.2f} of its budget" for e in entries if not e.used <= 1]

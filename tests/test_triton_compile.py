@@ -124,8 +124,6 @@ def cases():
         ("manhattan_prefix_14", "sm_120", "float16", 32, ("reduce_bias",)),
         ("local_enhancement_5", "sm_100", "bfloat16", 32, ("enhance", "enhancement_gradient")),
         ("retention", "sm_90", "bfloat16", 128, ("scan_dv", "scan_dq")),
-        ("retention_wide", "sm_90", "bfloat16", 256, ("scan_dk",)),
-        ("retention", "sm_80", "bfloat16", 128, ("scan_dv",)),
         ("retention", "sm_120", "float32", 64, ("scan_dq",)),
         ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
     ]
