@@ -138,9 +138,9 @@ class Operator:
 
         returned = ", ".join(f"Tensor {n}" for n in (*results, *self._saved))
         first, *further = results
-        received = ", ".join((f"Tensor grad_{first}", *(f"Tensor? grad_{n}" for n in further)))
+        upstream = ", ".join((f"Tensor grad_{first}", *(f"Tensor? grad_{n}" for n in further)))
         gradients = ", ".join(f"Tensor grad_{n}" for n in differentiable)
-        again = ", ".join((received, inputs, *(f"Tensor {n}" for n in kept)))
+        again = ", ".join((upstream, inputs, *(f"Tensor {n}" for n in kept)))
         self.forward = Op(
             f"{name}_fwd({inputs}, {options}) -> ({returned})",
             fake or self._fake_forward,
