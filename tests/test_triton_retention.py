@@ -235,3 +235,15 @@ def test_offsets_past_two_to_the_31_elements(tmp_path, monkeypatch):
         got = run([*far[:3], near[3]], far[3:], chunk=chunk)
         for a, b in zip(got, run(near, gradients, chunk=chunk)):
             assert torch.equal(a, b)
+
+
+def test_bounds_beyond_the_tensors_are_taken_as_their_ends():
+    """The front does not look at the values on a GPU."""
+    query, key, value = torch.randn(3, 1, 1, 9, 4, device=DEVICE)
+    arguments = (query, key, value, torch.tensor([-0.1], device=DEVICE), None, None)
+    results = []
+    for bounds in ([-5, 3, 99], [0, 3, 9]):
+        packed = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        results.append(kernels.retention_fwd(*arguments, packed, True, 0, True, 0.5))
+    for got, wanted in zip(*results):
+        assert torch.equal(got, wanted)

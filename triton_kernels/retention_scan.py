@@ -97,12 +97,13 @@ def load_state(
 
 @triton.jit
 def bounds_of(bounds, s, num_tokens):
-    """(b, first token, tokens) of sequence s."""
+    """(b, first token, tokens) of sequence s, inside the tensors whatever the bounds are."""
     if bounds is None:
         return s, 0, num_tokens
     else:
-        first = tl.load(bounds + s)
-        return s * 0, first, tl.load(bounds + s + 1) - first
+        first = tl.minimum(tl.maximum(tl.load(bounds + s), 0), num_tokens)
+        end = tl.minimum(tl.load(bounds + s + 1), num_tokens)
+        return s * 0, first, tl.maximum(end - first, 0)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_tokens", "chunk"])
