@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from .ops.retention import NORMALIZE, _check_state, _chunk, _tensors, check_decay, retention
+from .ops.retention import NORMALIZE, retention
+from .ops.retention_checks import check_decay, check_state, check_tensors, chunk_of
 from .reference.retention import powers
 
 WORD = 1 << 24  # counts below it are exact in float32
@@ -84,17 +85,17 @@ def sequence_parallel_retention(
         >>> dist.destroy_process_group()
     """
     op = "sequence_parallel_retention"
-    _tensors(op, query, key, value)
+    check_tensors(op, query, key, value)
     check_decay(op, log_decay, query)
     _checks.one_of(op, "normalize", normalize, NORMALIZE)
-    _chunk(op, method, chunk_size, True, query.shape[2])
+    chunk_of(op, method, chunk_size, True, query.shape[2])
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     if dist.get_rank(group) < 0:
         raise ValueError(f"{op}: group must contain this rank, got {group}")
     normalized = normalize == "retnet"
     if initial_state is not None:
         rows = query.shape[3] + normalized
-        _check_state(op, "initial_state", initial_state, query, value, query.shape[0], (rows,))
+        check_state(op, "initial_state", initial_state, query, value, query.shape[0], (rows,))
         if normalized:  # the operator reads the sum of the row before in the first column
             sums = initial_state[:, :, -1:, :1].expand(-1, -1, -1, value.shape[3])
             initial_state = torch.cat((initial_state[:, :, :-1], sums), 2)

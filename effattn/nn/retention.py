@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops import retention, retention_step, retnet_log_decay, rotate_xpos
-from ..ops.retention import METHODS
+from ..ops.retention_checks import METHODS
 
 GATES = {"swish": F.silu, "gelu": F.gelu}
 

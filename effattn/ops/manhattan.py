@@ -10,7 +10,7 @@ from .._library import Operator
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register, triton_kernel
 from ..reference.retention import decay_logits
 from .cross_shaped_window import window
-from .retention import check_decay
+from .retention_checks import check_decay
 
 DECAY = ("logits", "weights")
 

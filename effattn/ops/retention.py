@@ -11,9 +11,9 @@ from .. import _checks, reference
 from .._library import Op, Operator
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
 from ..reference.retention import powers, xpos_rotation
+from .retention_checks import check_decay, check_sequences, check_state, check_tensors, chunk_of
 
 NORMALIZE = ("none", "retnet")
-METHODS = ("auto", "parallel", "chunkwise", "recurrent")
 MAX_VALUE_DIM = 512
 DEFAULT_CHUNK = 64  # what FLOPs are counted for
 CUDA_CHUNK, TRITON_CHUNK = 64, 128  # most tokens of a tile
@@ -188,21 +188,21 @@ def retention(
         True
     """
     op = "retention"
-    _tensors(op, query, key, value)
+    check_tensors(op, query, key, value)
     check_decay(op, log_decay, query)
     _checks.one_of(op, "normalize", normalize, NORMALIZE)
-    chunk = _chunk(op, method, chunk_size, is_causal, query.shape[2])
+    chunk = chunk_of(op, method, chunk_size, is_causal, query.shape[2])
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     sequences = query.shape[0]
     if cu_seqlens is not None:
-        sequences = _check_sequences(op, cu_seqlens, query)
+        sequences = check_sequences(op, cu_seqlens, query)
     if not is_causal:
         for name, given in (("initial_state", initial_state is not None), ("return_state", return_state)):
             if given:
                 raise ValueError(f"{op}: {name} goes with is_causal=True only: without an order there is no state")
     extra = normalize == "retnet"
     if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, query, value, sequences, (query.shape[3] + extra,))
+        check_state(op, "initial_state", initial_state, query, value, sequences, (query.shape[3] + extra,))
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, _problem(query, value, chunk))
     if backend == "reference":
@@ -274,13 +274,13 @@ def retention_step(
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 16, 16]))
     """
     op = "retention_step"
-    _tensors(op, query, key, value)
+    check_tensors(op, query, key, value)
     if query.shape[2] != 1:
         raise ValueError(f"{op}: query must hold one token, (B, H, 1, Dk), got {tuple(query.shape)}")
     check_decay(op, log_decay, query)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     key_dim = query.shape[3]
-    _check_state(op, "state", state, query, value, query.shape[0], (key_dim, key_dim + 1))
+    check_state(op, "state", state, query, value, query.shape[0], (key_dim, key_dim + 1))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_decay, state))
     if inplace and differentiable:
         raise ValueError(f"{op}: inplace must be False where a gradient is wanted (use torch.no_grad())")
@@ -422,54 +422,12 @@ def _log_decay(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.log1p(-(2.0**-exponents)).to(dtype)
 
 
-# ---- arguments ----
+# ---- the registry's and the reference's view of a call ----
 
 
-def _tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """(B, H, N, Dk) twice and (B, H, N, Dv)."""
-    _checks.attention_inputs(op, query, key, query)
-    like_query = query
-    if isinstance(value, Tensor) and value.dim() == 4 and value.shape[3] >= 1:
-        like_query = query[..., :1].expand(*query.shape[:3], value.shape[3])
-    _checks.attention_inputs(op, like_query, like_query, value)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: on the CPU, and neither traced nor mapped over."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def check_decay(op: str, log_decay: Tensor, query: Tensor) -> None:
-    _checks.parameter(op, "log_decay", log_decay, query)
-    heads = query.shape[1]
-    if tuple(log_decay.shape) != (heads,):
-        raise ValueError(f"{op}: log_decay must have shape (H,) with H = {heads}, got {tuple(log_decay.shape)}")
-    if heads and _is_plain(log_decay):
-        largest = log_decay.detach().max().item()
-        if not largest <= 0.0:
-            raise ValueError(f"{op}: log_decay must be at most 0 (gamma at most 1), got {largest}")
-
-
-def _chunk(op: str, method: str, chunk_size, is_causal: bool, length):
-    """Tokens of a chunk; 0: the backend's choice."""
-    _checks.one_of(op, "method", method, METHODS)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"{op}: is_causal must be a bool, got {is_causal!r}")
-    if chunk_size is not None:
-        _checks.integer(op, "chunk_size", chunk_size, 1)
-        if method not in ("auto", "chunkwise"):
-            raise ValueError(f"{op}: chunk_size must be None with method={method!r}, got {chunk_size}")
-        return chunk_size
-    if method == "recurrent":
-        if not is_causal:
-            raise ValueError(f"{op}: method must not be 'recurrent' where is_causal is False")
-        return 1
-    return max(length, 1) if method == "parallel" else 0
+def _problem(query: Tensor, value: Tensor, chunk) -> Problem:
+    detail = f"value's head_dim {value.shape[3]} is above {MAX_VALUE_DIM}" if value.shape[3] > MAX_VALUE_DIM else ""
+    return Problem(query.device.type, query.dtype, query.shape[3], detail=detail, chunk_size=chunk)
 
 
 def _reference_chunk(method: str, chunk, is_causal: bool):
@@ -477,40 +435,6 @@ def _reference_chunk(method: str, chunk, is_causal: bool):
     if method == "parallel" or not is_causal:
         return None
     return chunk or (None if torch.compiler.is_compiling() else DEFAULT_CHUNK)
-
-
-def _check_sequences(op: str, cu_seqlens: Tensor, query: Tensor) -> int:
-    """Number of packed sequences."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"{op}: cu_seqlens must be an int32 Tensor, got {got}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != query.device:
-        raise ValueError(f"{op}: cu_seqlens must be on query's device {query.device}, got {cu_seqlens.device}")
-    if query.shape[0] != 1:
-        raise ValueError(f"{op}: query must have a batch of 1 with cu_seqlens, got {query.shape[0]}")
-    if _is_plain(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != query.shape[2] or bounds != sorted(bounds):
-            raise ValueError(f"{op}: cu_seqlens must ascend from 0 to N = {query.shape[2]}, got {bounds}")
-    return cu_seqlens.shape[0] - 1
-
-
-def _check_state(op: str, name: str, state: Tensor, query: Tensor, value: Tensor, sequences, rows: tuple) -> None:
-    _checks.parameter(op, name, state, query)
-    wanted = [(sequences, query.shape[1], count, value.shape[3]) for count in rows]
-    if tuple(state.shape) not in wanted:
-        allowed = " or ".join(map(str, wanted))
-        raise ValueError(f"{op}: {name} must have shape {allowed}, got {tuple(state.shape)}")
-    exact = torch.promote_types(query.dtype, torch.float32)
-    if state.dtype != exact:
-        raise TypeError(f"{op}: {name} must be {exact} for query in {query.dtype}, got {state.dtype}")
-
-
-def _problem(query: Tensor, value: Tensor, chunk) -> Problem:
-    detail = f"value's head_dim {value.shape[3]} is above {MAX_VALUE_DIM}" if value.shape[3] > MAX_VALUE_DIM else ""
-    return Problem(query.device.type, query.dtype, query.shape[3], detail=detail, chunk_size=chunk)
 
 
 # ---- normalisation ----
