@@ -20,9 +20,11 @@ from .ops import (
     cross_shaped_window_attention,
     gaussian_mixture_attention,
     hamming_attention,
+    kernelized_rpe_attention,
     manhattan_attention,
     masked_product_attention,
     pack_signs,
+    random_features,
     retention,
     retention_step,
     retnet_log_decay,
@@ -32,6 +34,8 @@ from .ops import (
     shift_add_attention,
     shift_linear,
     stripe_attention,
+    toeplitz_linear_attention,
+    urpe_attention,
     window_attention,
 )
 from .packed import PackedShiftWeight, quantize_power_of_two
@@ -54,11 +58,13 @@ __all__ = [
     "gaussian_mixture_attention",
     "hamming_attention",
     "integrations",
+    "kernelized_rpe_attention",
     "manhattan_attention",
     "masked_product_attention",
     "nn",
     "pack_signs",
     "quantize_power_of_two",
+    "random_features",
     "reference",
     "retention",
     "retention_step",
@@ -69,6 +75,8 @@ __all__ = [
     "shift_add_attention",
     "shift_linear",
     "stripe_attention",
+    "toeplitz_linear_attention",
+    "urpe_attention",
     "window_attention",
 ]
 

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     length: int = -1  # queries, -1 unknown (under torch.compile, where a comparison would make the graph recompile)
     work: int = -1  # multiply-adds of the score matrix, likewise
     chunk_size: int = 0  # tokens per chunk that the call asks for, 0: the backend's choice
+    method: str = "auto"  # of the exact methods of an operator, the one that the call asks for
 
 
 class Verdict(NamedTuple):
@@ -74,8 +75,8 @@ _explaining = _Explaining()
 class _Explained(Exception):
     """Carries the verdicts out of a call that `explain` stopped before its launch."""
 
-    def __init__(self, op: str, requested: str, verdicts: list[Verdict], chosen: str | None):
-        self.op, self.requested, self.verdicts, self.chosen = op, requested, verdicts, chosen
+    def __init__(self, op: str, requested: str, verdicts: list[Verdict], chosen: str | None, notes: Sequence[str]):
+        self.op, self.requested, self.verdicts, self.chosen, self.notes = op, requested, verdicts, chosen, notes
 
 
 def register(op: str, backends: Sequence[Backend]) -> None:
@@ -93,8 +94,10 @@ def verdicts(op: str, problem: Problem, auto: bool = True) -> list[Verdict]:
     return [backend.verdict(problem, auto) for backend in _table[op]]
 
 
-def choose(op: str, requested: str, problem: Problem) -> str:
+def choose(op: str, requested: str, problem: Problem, notes: Callable[[str], Sequence[str]] | None = None) -> str:
     """Name of the backend that serves ``problem``.
+
+    ``notes``: what ``explain`` adds about the chosen backend, a line each.
 
     Raises:
         ValueError: ``requested`` is no backend's name.
@@ -103,7 +106,7 @@ def choose(op: str, requested: str, problem: Problem) -> str:
     if requested == "auto":
         requested = os.environ.get("EFFATTN_BACKEND") or "auto"
     if _explaining.active:
-        raise _explain_choice(op, requested, problem)
+        raise _explain_choice(op, requested, problem, notes)
     if requested == "auto":
         for backend in _table[op]:
             if backend.verdict(problem, auto=True).ok:
@@ -137,10 +140,11 @@ def _log_fallback(op: str, problem: Problem) -> None:
         logger.log(level, "%s runs on the reference (plain PyTorch): %s", op, reasons)
 
 
-def _explain_choice(op: str, requested: str, problem: Problem) -> _Explained:
+def _explain_choice(op: str, requested: str, problem: Problem, notes) -> _Explained:
     found = verdicts(op, problem, auto=requested == "auto")
     chosen = next((v.backend for v in found if v.ok and requested in ("auto", v.backend)), None)
-    return _Explained(op, requested, found, chosen)
+    further = notes(chosen) if notes is not None and chosen is not None else ()
+    return _Explained(op, requested, found, chosen, further)
 
 
 class Explanation:
@@ -151,12 +155,14 @@ class Explanation:
         self.requested = explained.requested
         self.backend = explained.chosen
         self.verdicts = tuple(explained.verdicts)
+        self.notes = tuple(explained.notes)
 
     def __str__(self) -> str:
         lines = [f"{self.op} (backend={self.requested!r})"]
         for verdict in self.verdicts:
             mark = "->" if verdict.backend == self.backend else "  "
             lines.append(f" {mark} {verdict.backend:<9} {'ok' if verdict.ok else 'no'}   {verdict.reason}")
+        lines += [f"    {note}" for note in self.notes]
         if self.backend is None:
             lines.append(f"    the call would raise NotImplementedError: backend={self.requested!r} cannot serve it")
         return "\n".join(lines)
@@ -176,7 +182,7 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
         *args, **kwargs: what the call would be given.
 
     Returns:
-        Explanation: also carries ``backend`` and ``verdicts``.
+        Explanation: also carries ``backend``, ``verdicts`` and ``notes``, lines about the choice inside the backend.
 
     Raises:
         ValueError: the call reaches no operator of effattn, or its arguments are bad.

@@ -75,7 +75,7 @@ UNSERVED = {
             **{
                 n: v for n, v in a.items() if not n.startswith(("lepe", "lce", "initial"))
             },  # whose shapes have head_dim
-            **{n: a[n].new_zeros((*a[n].shape[:3], 257)) for n in ("query", "key", "value")},
+            **{n: a[n].new_zeros((*a[n].shape[:-1], 257)) for n in ("query", "key", "value", "projection") if n in a},
         },
         "head_dim 257 is above 256",
     ),
@@ -166,10 +166,11 @@ def test_explain_prints_every_backend_and_launches_nothing(case, backend, capsys
     assert printed.rstrip("\n") == str(explanation)
     lines = printed.splitlines()
     assert lines[0] == f"{case.op} (backend={backend!r})"
-    assert [line[4:].split()[0] for line in lines[1:]] == [b.name for b in _registry._table[case.op]]
+    verdicts = lines[1 : 1 + len(_registry._table[case.op])]
+    assert [line[4:].split()[0] for line in verdicts] == [b.name for b in _registry._table[case.op]]
     assert [line.startswith(" -> ") for line in lines[1:]].count(True) == 1
     assert re.search(rf"^ -> {backend} +ok ", printed, re.MULTILINE)
-    for line, verdict in zip(lines[1:], explanation.verdicts):
+    for line, verdict in zip(verdicts, explanation.verdicts):
         assert verdict.reason
         assert line.endswith(verdict.reason)
 

@@ -233,6 +233,87 @@ struct LocalEnhancementBackward {
   LocalEnhancement shape;
 };
 
+// Toeplitz-weighted linear attention. query, key: features (B,H,N,M); value (B,H,N,D), M and D up to 256. bias
+// (H, (2 grid_h - 1)(2 grid_w - 1)) contiguous; token i stands at p_i = (i / grid_w)(2 grid_w - 1) + i % grid_w, and
+// the entry of query i and key j is p_j - p_i + (grid_h - 1)(2 grid_w - 1) + grid_w - 1. A sequence is a grid of one
+// row.
+struct Toeplitz {
+  Tensor query, key, value;
+  const float* bias;
+  int64_t grid_h, grid_w;
+  bool is_causal;
+  double eps;
+};
+
+// output as value; normalizer (B,H,N) contiguous: the denominators, eps included.
+struct ToeplitzResult {
+  Tensor output;
+  float* normalizer;
+};
+
+// grad_output, output as value; query, key, value: gradients of those, any strides; bias as Toeplitz::bias.
+struct ToeplitzGrad {
+  Tensor grad_output, output;
+  const float* normalizer;
+  Tensor query, key, value;
+  float* bias;
+};
+
+// Codes that the Python front knows too. kNone: no kernel serves the request; kByPlan: as a plan says.
+enum class ToeplitzMethod : int64_t { kNone = 0, kByPlan = 0, kDirect, kFft, kDoubleFft, kStructured };
+enum class ToeplitzRequest : int64_t { kAuto, kDirect, kFft, kStructured };
+
+struct ToeplitzCosts {
+  double direct, fft, double_fft, scan;  // nanoseconds a unit (effattn/ops/toeplitz_methods.py)
+};
+
+struct ToeplitzPlanning {
+  const float* bias;
+  int64_t batch, heads, features, value_dim, grid_h, grid_w;
+  bool is_causal;
+  ToeplitzRequest request;
+  double tolerance;
+  ToeplitzCosts costs;
+};
+
+struct ToeplitzPlan {
+  ToeplitzMethod method;
+  double seconds[4];  // direct, fft, double fft, structured; infinite where it does not apply
+  double fft_error, double_fft_error;
+  double tail, range;
+};
+
+// Random features phi(x), reference/toeplitz.py. x (B,H,N,D); projection (H,M,D) contiguous; mask (B,N) contiguous or
+// null, true: a row of zeros.
+enum class FeatureShift : int64_t { kNone, kRow, kHead };
+struct FeatureMap {
+  Tensor x;
+  const float* projection;
+  int64_t directions;
+  const bool* mask;
+  bool trigonometric, normalize;
+  FeatureShift shift;
+};
+
+// features, grad_features (B,H,N,M or 2M); x as FeatureMap::x; projection (H,M,D) contiguous.
+struct FeatureMapGrad {
+  Tensor grad_features, features, x;
+  float* projection;
+};
+
+// softmax(scale Q K^T + bias) * coefficient: tables as Toeplitz::bias, null where absent.
+struct Relative {
+  const float* coefficient;
+  const float* bias;
+  int64_t grid_h, grid_w;
+  bool is_causal;
+};
+
+struct RelativeGrad {
+  float* coefficient;
+  float* bias;
+};
+
 struct Kernels {
   const char* isa;
 #define EFFATTN_KERNEL(name, ...) void (*name)(__VA_ARGS__, const Runtime&);

@@ -8,6 +8,8 @@ from .packed_bits import add_matmul, binary_matmul, hamming_attention, pack_sign
 from .retention import retention, retention_step, retnet_log_decay, rmt_log_decay, rotate_xpos
 from .shift_add import shift_add_attention
 from .shift_linear import shift_linear
+from .toeplitz import kernelized_rpe_attention, random_features, toeplitz_linear_attention
+from .urpe import urpe_attention
 
 __all__ = [
     "add_matmul",
@@ -15,9 +17,11 @@ __all__ = [
     "cross_shaped_window_attention",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "kernelized_rpe_attention",
     "manhattan_attention",
     "masked_product_attention",
     "pack_signs",
+    "random_features",
     "retention",
     "retention_step",
     "retnet_log_decay",
@@ -27,5 +31,7 @@ __all__ = [
     "shift_add_attention",
     "shift_linear",
     "stripe_attention",
+    "toeplitz_linear_attention",
+    "urpe_attention",
     "window_attention",
 ]

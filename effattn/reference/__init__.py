@@ -19,13 +19,22 @@ from .retention import (
     row_sums,
 )
 from .shift_add import add_matmul, binary_matmul, hamming_attention, pack_signs, shift_add_attention, shift_linear
+from .toeplitz import (
+    feature_map,
+    kernelized_rpe_attention,
+    toeplitz_linear_attention,
+    toeplitz_matrix,
+    urpe_attention,
+)
 
 __all__ = [
     "add_matmul",
     "binary_matmul",
     "cross_shaped_window_attention",
+    "feature_map",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "kernelized_rpe_attention",
     "local_enhancement",
     "manhattan_attention",
     "manhattan_distance",
@@ -41,6 +50,9 @@ __all__ = [
     "shift_add_attention",
     "shift_linear",
     "stripe_attention",
+    "toeplitz_linear_attention",
+    "toeplitz_matrix",
+    "urpe_attention",
     "window_attention",
     "window_mask",
 ]

@@ -631,7 +631,150 @@ def _manhattan(variant: str, launches: int = 1, lce: bool = False, **options) ->
     )
 
 
+_BAD_ENTRIES = (
+    ("rpe_bias that is no tensor", _set(rpe_bias=1.0), TypeError, "rpe_bias must be a Tensor"),
+    ("integer rpe_bias", _map("rpe_bias", torch.Tensor.int), TypeError, "rpe_bias must be floating point"),
+    ("rpe_bias of other heads", _map("rpe_bias", lambda t: t[1:]), ValueError, "rpe_bias must have shape"),
+    ("rpe_bias of other tokens", _map("rpe_bias", lambda t: t[..., 2:]), ValueError, "rpe_bias must have shape"),
+    ("rpe_bias of a grid", _map("rpe_bias", lambda t: t[:, None]), ValueError, "rpe_bias must have shape"),
+    ("rpe_bias elsewhere", _map("rpe_bias", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+    ("grid that is no pair", _set(grid=(20,)), TypeError, "grid must be a pair"),
+    ("grid of another number of tokens", _set(grid=(4, 6)), ValueError, "grid 4 x 6"),
+    ("negative grid", _set(grid=(4, -5)), ValueError, "grid width must be at least 0"),
+    ("is_causal that is no bool", _set(is_causal=1), TypeError, "is_causal must be a bool"),
+)
+
+_BAD_KERNELIZED = (
+    *BAD_TENSORS,
+    *_BAD_ENTRIES,
+    ("projection that is no tensor", _set(projection=1.0), TypeError, "projection must be a Tensor"),
+    ("no projection", _set(projection=None), ValueError, "projection must be given"),
+    ("projection of identity", _set(feature_map="identity"), ValueError, "projection must be None"),
+    ("projection of other channels", _map("projection", lambda t: t[:, 1:]), ValueError, "projection must have shape"),
+    ("projection of other heads", _map("projection", lambda t: t[None]), ValueError, "projection must have shape"),
+    ("empty projection", _map("projection", lambda t: t[:0]), ValueError, "projection must have shape"),
+    ("projection elsewhere", _map("projection", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+    ("unknown feature_map", _set(feature_map="relu"), ValueError, "feature_map must be one of .*'relu'"),
+    ("unknown method", _set(method="chunkwise"), ValueError, "method must be one of .*'chunkwise'"),
+    ("negative eps", _set(eps=-1.0), ValueError, "eps must be at least 0"),
+    ("eps that is NaN", _set(eps=float("nan")), ValueError, "eps must be finite"),
+    ("mask that is no tensor", _set(key_padding_mask=[True]), TypeError, "key_padding_mask must be a Tensor"),
+    ("mask of floats", _set(key_padding_mask=torch.ones(2, 21)), TypeError, "key_padding_mask must be torch.bool"),
+    (
+        "mask of other tokens",
+        _set(key_padding_mask=torch.ones(2, 20, dtype=torch.bool)),
+        ValueError,
+        "key_padding_mask must have shape",
+    ),
+)
+
+_BAD_URPE = (
+    *BAD_INPUTS,
+    *_BAD_ENTRIES,
+    ("coefficient that is no tensor", _set(coefficient=1.0), TypeError, "coefficient must be a Tensor"),
+    ("coefficient of other heads", _map("coefficient", lambda t: t[1:]), ValueError, "coefficient must have shape"),
+    ("coefficient elsewhere", _map("coefficient", lambda t: t.to("meta")), ValueError, "must be on query's device"),
+)
+
+
+def _entries(shape: Shape, generator, on_grid: bool, heads: int | None = None) -> Tensor:
+    """(H, 2N - 1), or of the grid of so many tokens (H, 2h - 1, 2w - 1)."""
+    sizes = (2 * s - 1 for s in (_rectangle(shape.tokens) if on_grid else (shape.tokens,)))
+    return _normal(generator, shape.heads if heads is None else heads, *(max(size, 0) for size in sizes))
+
+
+def _kernelized(
+    variant: str, *, on_grid: bool = False, padded: bool = False, per_head: bool = False, **options
+) -> Case:
+    identity = options.get("feature_map") == "identity"
+
+    def sample(shape: Shape, generator):
+        drawn = _qkv(_square(shape), generator)
+        if identity:
+            drawn.update({name: drawn[name].abs() + 0.1 for name in ("query", "key")})
+        drawn["rpe_bias"] = _entries(shape, generator, on_grid)
+        if not identity:
+            heads = (shape.heads,) if per_head else ()
+            drawn["projection"] = 0.5 * _normal(generator, *heads, shape.gaussians, shape.head_dim)
+        if padded:
+            drawn["key_padding_mask"] = _normal(generator, shape.batch, shape.tokens) > 0.5
+        return drawn
+
+    def flops(shape: Shape) -> int:
+        features = shape.head_dim if identity else shape.gaussians
+        features *= 2 if options.get("feature_map") == "trigonometric" else 1
+        mapped = 0 if identity else 4 * shape.gaussians * shape.head_dim
+        per_token = mapped + 2 * shape.tokens * (features + shape.head_dim)
+        return shape.batch * shape.heads * shape.tokens * per_token
+
+    learned = () if identity else ("projection",)
+    return Case(
+        op="kernelized_rpe_attention",
+        variant=variant,
+        function=effattn.kernelized_rpe_attention,
+        sample=sample,
+        options=lambda shape: {**({"grid": _rectangle(shape.tokens)} if on_grid else {}), **options},
+        differentiable=("query", "key", "value", "rpe_bias", *learned),
+        parameters=("rpe_bias", *learned),
+        in_float32=("rpe_bias", *learned),
+        formula=formulas.kernelized_rpe_attention,
+        flops=flops,
+        bad=_BAD_KERNELIZED if not variant else (),
+        takes_dropout=False,
+        launches=1 if identity else 3,
+        grids=UNEVEN if on_grid else ((3, 4), (5, 6), (7, 3)),
+    )
+
+
+def _given_features(variant: str, **options) -> Case:
+    own = _kernelized(variant, feature_map="identity", **options)
+
+    def function(query, key, value, rpe_bias, feature_map, **rest):
+        return effattn.toeplitz_linear_attention(query, key, value, rpe_bias, **rest)
+
+    return own.with_(op="toeplitz_linear_attention", function=function, same_kernels=True)
+
+
+def _urpe(variant: str, *, on_grid: bool = False, bias: bool = True, coefficient: bool = True, **options) -> Case:
+    def sample(shape: Shape, generator):
+        drawn = _qkv(_square(shape), generator)
+        drawn["coefficient"] = _entries(shape, generator, on_grid) if coefficient else None
+        if bias:
+            drawn["rpe_bias"] = _entries(shape, generator, on_grid)
+        return {name: tensor for name, tensor in drawn.items() if tensor is not None}
+
+    tables = (("coefficient",) if coefficient else ()) + (("rpe_bias",) if bias else ())
+    absent = {} if coefficient else {"coefficient": None}
+    return Case(
+        op="urpe_attention",
+        variant=variant,
+        function=effattn.urpe_attention,
+        sample=sample,
+        options=lambda shape: {**({"grid": _rectangle(shape.tokens)} if on_grid else {}), **absent, **options},
+        differentiable=("query", "key", "value", *tables),
+        parameters=tables,
+        in_float32=tables,
+        formula=formulas.urpe_attention,
+        flops=_two_square_products,
+        bad=_BAD_URPE if not variant else (),
+        grids=UNEVEN if on_grid else ((3, 4), (5, 6), (7, 3)),
+    )
+
+
 CASES: dict[str, tuple[Case, ...]] = {
+    "kernelized_rpe_attention": (
+        _kernelized(""),
+        _kernelized("causal", is_causal=True, padded=True, per_head=True),
+        _kernelized("grid", on_grid=True, normalize_qk=False, eps=1e-3),
+        _kernelized("trigonometric", feature_map="trigonometric"),
+    ),
+    "toeplitz_linear_attention": (_given_features("", is_causal=True), _given_features("grid", on_grid=True)),
+    "urpe_attention": (
+        _urpe(""),
+        _urpe("causal", bias=False, is_causal=True),
+        _urpe("grid", on_grid=True),
+        _urpe("bias alone", coefficient=False, scale=0.3),
+    ),
     "retention": (
         _retention("", state=True),
         _retention("bidirectional", is_causal=False, scale=1.3),

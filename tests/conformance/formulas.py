@@ -291,3 +291,85 @@ def manhattan_attention(
                     other = num_prefix_tokens + near[0] * width + near[1]
                     output[:, h, token] += lce_weight[channels, 0, dy, dx] * value[:, h, other]
     return output
+
+
+def _token_places(tokens, grid):
+    """Row and column of every token; a sequence is one row."""
+    width = tokens if grid is None else grid[1]
+    return [divmod(token, width) if width else (0, token) for token in range(tokens)]
+
+
+def _entry(entries, head, query_place, key_place) -> float:
+    """t[j - i + N - 1], or t[dy + h - 1, dx + w - 1], of one pair; entries of one head serve all."""
+    own = entries[head if len(entries) > 1 else 0]
+    dy, dx = (k - q for q, k in zip(query_place, key_place))
+    if own.ndim == 1:
+        return own[dx + (len(own) - 1) // 2]
+    return own[dy + (own.shape[0] - 1) // 2, dx + (own.shape[1] - 1) // 2]
+
+
+def features(x, projection, feature_map, normalize_qk) -> np.ndarray:
+    """phi of one (N, D) array by (M, D) directions."""
+    if feature_map == "identity":
+        return x
+    if normalize_qk:
+        length = np.sqrt((x * x).sum(-1, keepdims=True))
+        x = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    square = (x * x).sum(-1, keepdims=True)
+    product = x @ projection.T
+    if feature_map == "positive":
+        return np.exp(product - square / 2) / np.sqrt(len(projection))
+    return np.exp(square / 2) * np.concatenate((np.sin(product), np.cos(product)), -1) / np.sqrt(len(projection))
+
+
+def kernelized_rpe_attention(
+    query,
+    key,
+    value,
+    rpe_bias,
+    projection=None,
+    feature_map="positive",
+    normalize_qk=True,
+    grid=None,
+    is_causal=False,
+    key_padding_mask=None,
+    method="auto",
+    eps=0.0,
+) -> np.ndarray:
+    """Pair by pair, whatever the method."""
+    batch, heads, tokens, _ = query.shape
+    places = _token_places(tokens, grid)
+    output = np.zeros_like(value)
+    for b, h in np.ndindex(batch, heads):
+        own = projection if projection is None or projection.ndim == 2 else projection[h]
+        phi_q, phi_k = (features(x[b, h], own, feature_map, normalize_qk) for x in (query, key))
+        highest = rpe_bias[h if len(rpe_bias) > 1 else 0].max(initial=-np.inf)
+        for i in range(tokens):
+            total, denominator = np.zeros(value.shape[-1]), eps
+            for j in range(i + 1 if is_causal else tokens):
+                if key_padding_mask is not None and key_padding_mask[b, j]:
+                    continue
+                weight = phi_q[i] @ phi_k[j] * np.exp(_entry(rpe_bias, h, places[i], places[j]) - highest)
+                total += weight * value[b, h, j]
+                denominator += weight
+            output[b, h, i] = total / denominator if denominator else 0.0
+    return output
+
+
+def toeplitz_linear_attention(query, key, value, rpe_bias, **options) -> np.ndarray:
+    return kernelized_rpe_attention(query, key, value, rpe_bias, feature_map="identity", **options)
+
+
+def urpe_attention(query, key, value, coefficient, rpe_bias=None, grid=None, is_causal=False, scale=None) -> np.ndarray:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, tokens, _ = query.shape
+    places = _token_places(tokens, grid)
+    output = np.zeros_like(value)
+    for b, h in np.ndindex(batch, heads):
+        for i in range(tokens):
+            keys = range(i + 1 if is_causal else tokens)
+            bias = [0.0 if rpe_bias is None else _entry(rpe_bias, h, places[i], places[j]) for j in keys]
+            factor = [1.0 if coefficient is None else _entry(coefficient, h, places[i], places[j]) for j in keys]
+            weights = _softmax(scale * key[b, h, : len(keys)] @ query[b, h, i] + np.array(bias)) * np.array(factor)
+            output[b, h, i] = weights @ value[b, h, : len(keys)]
+    return output

@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Collects every call of an effattn torch op, forward or backward, as (op, args)."""
+    """Collects every call of an effattn torch op, forward or backward, as (op, args). A plan launches nothing."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("effattn"):
+        if func.namespace.startswith("effattn") and not func._opname.endswith("_plan"):
             detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             self.calls.append((func, detached))
         return func(*args, **(kwargs or {}))

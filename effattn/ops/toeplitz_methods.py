@@ -1,0 +1,83 @@
+"""Which of the exact methods of Toeplitz-weighted linear attention serves a call: by predicted time and by accuracy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import Op
+from .toeplitz_costs import costs
+
+METHODS = ("auto", "direct", "fft", "structured")
+BY_PLAN, DIRECT, FFT, DOUBLE_FFT, STRUCTURED = range(5)
+"""Codes of the kernels' ``method``; BY_PLAN: what the plan says. A plan of 0: nothing serves the request."""
+
+NAMES = {DIRECT: "direct", FFT: "fft", DOUBLE_FFT: "fft in float64", STRUCTURED: "structured"}
+REPORT = ("direct_s", "fft_s", "double_fft_s", "structured_s", "fft_error", "double_fft_error", "tail", "range")
+
+TOLERANCE = {torch.float32: 3e-8, torch.bfloat16: 5e-4, torch.float16: 6e-5}
+"""Error of an FFT, relative to the largest output, that a result of this dtype may have beside its own rounding."""
+
+
+def _fake_plan(bias, *args):
+    return bias.new_empty((1,), dtype=torch.int64), bias.new_empty((len(REPORT),), dtype=torch.float64)
+
+
+plan = Op(
+    "toeplitz_plan(Tensor bias, SymInt batch, SymInt features, SymInt value_dim, SymInt grid_h, SymInt grid_w, "
+    "bool is_causal, int requested, float tolerance, float direct_ns, float fft_ns, float double_fft_ns, "
+    "float scan_ns) -> (Tensor method, Tensor report)",
+    _fake_plan,
+    family="toeplitz",
+)
+"""The method for ``requested`` (an index of METHODS), (1,) int64, and what it was chosen by: REPORT, (8,) float64.
+
+bias: (H, entries) contiguous float32 on the CPU. Predicted seconds are infinite where a method does not apply; errors are
+relative to the largest output; tail is the distance from which the bias is linear; range is in nats.
+    direct      batch H pairs (features + value_dim) direct_ns
+    fft         batch H features (value_dim + 1) L log2(L) fft_ns, L the length of the transform
+    structured  batch H N (near keys (features + value_dim) direct_ns + 2 features value_dim scan_ns)
+"""
+
+
+def planned(bias: Tensor, query: Tensor, value: Tensor, grid, is_causal: bool, method: str) -> tuple[Tensor, Tensor]:
+    """Run ``plan`` for features ``query`` and ``value``; ``bias`` may live on another device."""
+    bias = bias.detach().cpu()
+    return plan(
+        *("cpu", bias, query.shape[0], query.shape[3], value.shape[3], *grid, is_causal, METHODS.index(method)),
+        *(TOLERANCE.get(value.dtype, 0.0), *costs()),
+    )
+
+
+def refuse(op: str, method: str, report: Tensor) -> None:
+    """Raise for a request that no kernel can serve accurately."""
+    found = dict(zip(REPORT, report.tolist()))
+    if method == "fft":
+        raise ValueError(
+            f"{op}: method must not be 'fft' for this rpe_bias: its range of {found['range']:.1f} nats would give an "
+            f"error of {found['double_fft_error']:.0e} of the largest output even in float64; allowed: 'auto' or 'direct'"
+        )
+    raise ValueError(
+        f"{op}: method must not be 'structured' for this rpe_bias, which is not linear or constant beyond some distance; "
+        "allowed: 'auto', 'direct' or 'fft'"
+    )
+
+
+def notes(method: str, chosen: int, report: Tensor) -> list[str]:
+    """The choice in words, for ``explain``."""
+    found = dict(zip(REPORT, report.tolist()))
+    seconds = {
+        DIRECT: found["direct_s"],
+        FFT: found["fft_s"],
+        DOUBLE_FFT: found["double_fft_s"],
+        STRUCTURED: found["structured_s"],
+    }
+    lines = []
+    for code, predicted in seconds.items():
+        cost = "does not apply" if predicted == float("inf") else f"predicted {1e3 * predicted:.3g} ms"
+        error = {FFT: found["fft_error"], DOUBLE_FFT: found["double_fft_error"]}.get(code)
+        why = "" if error is None else f", error {error:.0e} of the largest output"
+        lines.append(f"method {'->' if code == chosen else '  '} {NAMES[code]:<15} {cost}{why}")
+    asked = "the fastest accurate one" if method == "auto" else f"as asked: {method!r}"
+    lines.append(f"method {NAMES[chosen]}: {asked}; the bias ranges over {found['range']:.1f} nats")
+    return lines
