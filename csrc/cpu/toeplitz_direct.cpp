@@ -16,7 +16,7 @@
 //
 // FLOPs 2 N^2 (M + D) a head, half of it causal; bytes: q, k, v, output once, one packed copy of K and V a thread and
 // (2h - 1)(2w - 1) exponentials a head and thread. bf16 is multiplied in pairs where the machine can (W is rounded to
-// bf16 for O, not for n), float16 and bf16 elsewhere are widened where they are read.
+// bf16, for n as for O), float16 and bf16 elsewhere are widened where they are read.
 //
 // Lives: toeplitz_table.h positions and c; toeplitz_direct_gradient.h the backward pass.
 #include "toeplitz_direct_gradient.h"
@@ -28,6 +28,34 @@ namespace {
 struct DirectScratch {
   Buffer keys, values, tiles, table;
 };
+
+// to[at ...] = weights, in floats or in bf16; their sums by lanes, added to `sum`. What was rounded is summed as it is:
+// a row with one key gives the value of that key.
+template <class Arithmetic, int kVectors>
+EFFATTN_INLINE Vec store_weights(float* to, int64_t at, const Vec (&weights)[kVectors], Vec sum) {
+#if EFFATTN_HAS_BFLOAT16_DOT
+  if constexpr (Arithmetic::kPerWord == 2) {
+    uint16_t* halves = reinterpret_cast<uint16_t*>(to) + at;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    EFFATTN_UNROLL for (int v = 0; v + 1 < kVectors; v += 2) {
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)weights[v + 1], (__m512)weights[v]);
+      _mm512_storeu_si512(halves + v * kLanes, (__m512i)both);
+      sum = (Vec)_mm512_dpbf16_ps((__m512)sum, both, ones);
+    }
+    if constexpr (kVectors % 2 == 1) {
+      const __m256i one = (__m256i)_mm512_cvtneps_pbh((__m512)weights[kVectors - 1]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves + (kVectors - 1) * kLanes), one);
+      sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_zextsi256_si512(one), ones);
+    }
+    return sum;
+  }
+#endif
+  EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+    sum += weights[v];
+    store(to + at + v * kLanes, weights[v]);
+  }
+  return sum;
+}
 
 template <class Arithmetic>
 class DirectForward {
@@ -116,17 +144,9 @@ class DirectForward {
             EFFATTN_UNROLL for (int i = 0; i < kRows; ++i) {
               const float* weight = weights.row(r + i);
               float* to_sum = row_sums_ + (r + i) * kLanes;
-              Vec sum = load(to_sum);
-              EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
-                const Vec w = score[i][v] * load(weight + v * kLanes);
-                sum += w;
-                const int64_t at = (r + i) * kTilePitch + column + v * kLanes;
-                if constexpr (kPairs)
-                  store_float(reinterpret_cast<bfloat16*>(tile_) + at, w);
-                else
-                  store(tile_ + at, w);
-              }
-              store(to_sum, sum);
+              EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) score[i][v] *= load(weight + v * kLanes);
+              store(to_sum,
+                  store_weights<Arithmetic, kVectors>(tile_, (r + i) * kTilePitch + column, score[i], load(to_sum)));
             }
           });
     });

@@ -83,8 +83,8 @@ class DirectBackward {
     values_transposed_ = keys_transposed_ + key_words;
     keys_natural_ = values_transposed_ + value_words;
 
-    query_rows_ = scratch().queries.template reserve<Word>(padded_ * (row_pitch_ + value_row_pitch_) +
-                                                           words<Arithmetic>(padded_) * (pitch_ + value_pitch_));
+    query_rows_ = scratch().queries.template reserve<Word>(
+        padded_ * (row_pitch_ + value_row_pitch_) + words<Arithmetic>(padded_) * (pitch_ + value_pitch_));
     upstream_rows_ = query_rows_ + padded_ * row_pitch_;
     query_natural_ = kPair == 1 ? query_rows_ : upstream_rows_ + padded_ * value_row_pitch_;
     upstream_natural_ = kPair == 1 ? upstream_rows_ : query_natural_ + words<Arithmetic>(padded_) * pitch_;
@@ -125,8 +125,8 @@ class DirectBackward {
       enter(pair / batches, pair % batches);
       run_chunk(pair, chunk);
     }
-    for (Buffer* buffer : {&scratch().keys, &scratch().queries, &scratch().rows, &scratch().gradients,
-             &scratch().table})
+    for (Buffer* buffer :
+        {&scratch().keys, &scratch().queries, &scratch().rows, &scratch().gradients, &scratch().table})
       buffer->trim();
   }
 
@@ -150,7 +150,8 @@ class DirectBackward {
       pack_natural<Arithmetic>(query_natural_, pitch_, query, tokens_, features_);
       pack_natural<Arithmetic>(upstream_natural_, value_pitch_, upstream, tokens_, value_dim_);
     }
-    const AttentionBackward like = {grad_.grad_output, a_.value, a_.key, a_.value, grad_.output, nullptr, {}, {}, {}, 1};
+    const AttentionBackward like = {
+        grad_.grad_output, a_.value, a_.key, a_.value, grad_.output, nullptr, {}, {}, {}, 1};
     row_deltas<kChains<Arithmetic>>(like, batch, head, 0, tokens_, 0, delta_);
     const float* normalizer = grad_.normalizer + (batch * a_.query.size[1] + head) * tokens_;
     for (int64_t r = 0; r < tokens_; ++r) inverse_[r] = inverse_normalizer(normalizer[r]);
@@ -185,8 +186,8 @@ class DirectBackward {
     }
     settle();
     if (chunk == 0) partials_.shift[pair] = sum_of_shift();
-    store_rows(matrix_at(grad_.key, batch_, head_, first_key_), chunk_keys_, grad_key_, pitch_, broadcast(1.f),
-        features_);
+    store_rows(
+        matrix_at(grad_.key, batch_, head_, first_key_), chunk_keys_, grad_key_, pitch_, broadcast(1.f), features_);
     store_rows(matrix_at(grad_.value, batch_, head_, first_key_), chunk_keys_, grad_value_, value_pitch_,
         broadcast(1.f), value_dim_);
     if (!partials_.grad_query)
@@ -286,7 +287,8 @@ class DirectBackward {
 
   // The diagonal sums of a pair of blocks go to double.
   __attribute__((noinline)) void fold(int64_t row, int64_t rows, int64_t key, int64_t count) {
-    const int64_t first = kBackwardQueries - round_up(rows, kTileRows), end = kBackwardQueries + round_up(count, kLanes);
+    const int64_t first = kBackwardQueries - round_up(rows, kTileRows),
+                  end = kBackwardQueries + round_up(count, kLanes);
     double* to = entries_ + EntrySums::kBefore + positions_.center + key - row - kBackwardQueries;
     for (int64_t d = first; d < end; ++d) {
       float* part = diagonals_ + d;
@@ -357,8 +359,7 @@ inline void reduce_entries(const Toeplitz& a, const ToeplitzGrad& grad, const Pa
   float* to = grad.bias + head * entries;
   memset(sums, 0, entries * sizeof(double));
   for (int64_t task = 0; task < tasks; ++task) {
-    const double* from =
-        partials.entries + (head * tasks + task) * EntrySums::doubles(positions) + EntrySums::kBefore;
+    const double* from = partials.entries + (head * tasks + task) * EntrySums::doubles(positions) + EntrySums::kBefore;
     for (int64_t e = 0; e < entries; ++e) sums[e] += from[e];
   }
   if (a.eps != 0.0) {
@@ -389,8 +390,8 @@ inline void direct_backward(const Toeplitz& a, const ToeplitzGrad& grad, const R
       shift.reserve<double>(larger(pairs, 1)),
       chunks.chunks > 1 ? grad_query.reserve<float>(tasks * query_floats) : nullptr};
   for_ranges(runtime, tasks, flops, [&](int64_t begin, int64_t end) { Engine(a, grad, partials).run(begin, end); });
-  for_ranges(runtime, tokens > 0 ? heads : 0, static_cast<double>(tasks * positions.entries),
-      [&](int64_t begin, int64_t end) {
+  for_ranges(
+      runtime, tokens > 0 ? heads : 0, static_cast<double>(tasks * positions.entries), [&](int64_t begin, int64_t end) {
         static thread_local Buffer sums;
         for (int64_t head = begin; head < end; ++head)
           reduce_entries(a, grad, partials, positions, head, sums.reserve<double>(positions.entries));

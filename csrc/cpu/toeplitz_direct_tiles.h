@@ -20,8 +20,8 @@ EFFATTN_INLINE void for_row_groups(int64_t rows, Body&& body) {
 // body(VectorCount<vectors>, panel, pitch of the panel, first column) for the columns that a score tile has, of keys
 // first .. first + count of a pack_transposed operand of `packed` keys.
 template <class Arithmetic, class Body>
-EFFATTN_INLINE void for_panels(const typename Arithmetic::Word* panels, int64_t packed, int64_t first, int64_t count,
-    int64_t depth, Body&& body) {
+EFFATTN_INLINE void for_panels(
+    const typename Arithmetic::Word* panels, int64_t packed, int64_t first, int64_t count, int64_t depth, Body&& body) {
   constexpr int kVectors = kChainedVectors<Arithmetic>;
   for (int64_t column = 0; column < count; column += kTileColumns) {
     const int64_t width = round_up(smaller(kTileColumns, packed - first - column), kLanes);

@@ -63,47 +63,53 @@ class Weights {
 // The keys of a block, cut where a row of the grid ends.
 class Runs {
  public:
-  static constexpr int64_t kKeys = 256;
-
   void cut(const Positions& positions, int64_t key, int64_t keys) {
-    count_ = 0;
+    row_ = positions.row;
+    pitch_ = positions.pitch;
     keys_ = keys;
-    for (int64_t offset = 0; offset < keys;) {
-      const int64_t length = smaller(positions.row - (key + offset) % positions.row, keys - offset);
-      runs_[count_++] = {offset, positions.of(key + offset), length};
-      offset += length;
-    }
+    position_ = positions.of(key);
+    first_ = row_ - key % row_;
   }
 
   // The weights of the query at `position`, keys side by side; then zeros. Writes up to 2 kLanes past the keys.
-  void gather(float* to, const Weights& weights, int64_t position) const {
-    for (int64_t n = 0; n < count_; ++n) {
-      const Run& run = runs_[n];
-      const float* from = weights.at(run.position - position);
-      for (int64_t k = 0; k < run.length; k += kLanes) store(to + run.offset + k, load(from + k));
+  EFFATTN_INLINE void gather(float* to, const Weights& weights, int64_t position) const {
+    const float* from = weights.at(position_ - position);
+    if (row_ <= kLanes) {
+      store(to, load(from));
+      from += first_ - row_ + pitch_;
+      for (int64_t offset = first_; offset < keys_; offset += row_, from += pitch_) store(to + offset, load(from));
+    } else {
+      each([&](int64_t offset, int64_t entry, int64_t length) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < length; k += kLanes) store(to + offset + k, load(from + entry + k));
+      });
     }
     store(to + keys_, Vec{});
   }
 
   // entries[...] += what belongs to the query at `position`, whose own entry is `center`.
-  void scatter(float* center, const float* from, int64_t position) const {
-    for (int64_t n = 0; n < count_; ++n) {
-      const Run& run = runs_[n];
-      float* to = center + run.position - position;
-      const float* values = from + run.offset;
+  EFFATTN_INLINE void scatter(float* center, const float* from, int64_t position) const {
+    float* first = center + position_ - position;
+    each([&](int64_t offset, int64_t entry, int64_t length) __attribute__((always_inline)) {
+      float* to = first + entry;
+      const float* values = from + offset;
       int64_t k = 0;
-      for (; k + kLanes <= run.length; k += kLanes) store(to + k, load(to + k) + load(values + k));
-      const int64_t rest = run.length - k;
+      for (; k + kLanes <= length; k += kLanes) store(to + k, load(to + k) + load(values + k));
+      const int64_t rest = length - k;
       if (rest > 0) store_partial(to + k, load_partial(to + k, rest) + load_partial(values + k, rest), rest);
-    }
+    });
   }
 
  private:
-  struct Run {
-    int64_t offset, position, length;
-  };
-  Run runs_[kKeys / 2 + 2];  // a row of one token makes a sequence
-  int64_t count_ = 0, keys_ = 0;
+  // body(first key of the run, its entry from that of the block's first key, keys).
+  template <class Body>
+  EFFATTN_INLINE void each(Body&& body) const {
+    body(0, 0, smaller(first_, keys_));
+    int64_t entry = first_ - row_ + pitch_;
+    for (int64_t offset = first_; offset < keys_; offset += row_, entry += pitch_)
+      body(offset, entry, smaller(row_, keys_ - offset));
+  }
+
+  int64_t row_ = 1, pitch_ = 1, keys_ = 0, position_ = 0, first_ = 0;
 };
 
 // 1 / n, finite; 0 for a row without weight.
