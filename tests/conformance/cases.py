@@ -732,7 +732,8 @@ def _given_features(variant: str, **options) -> Case:
     def function(query, key, value, rpe_bias, feature_map, **rest):
         return effattn.toeplitz_linear_attention(query, key, value, rpe_bias, **rest)
 
-    return own.with_(op="toeplitz_linear_attention", function=function, same_kernels=True)
+    bad = () if variant else (*_BAD_ENTRIES, BAD_TENSORS[-1])
+    return own.with_(op="toeplitz_linear_attention", function=function, same_kernels=True, bad=bad)
 
 
 def _urpe(variant: str, *, on_grid: bool = False, bias: bool = True, coefficient: bool = True, **options) -> Case:
