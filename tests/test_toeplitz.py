@@ -237,6 +237,17 @@ def test_eps_is_added_to_the_denominator_as_written(backend):
 
 
 @BACKENDS
+def test_gradient_of_the_largest_bias_knows_that_eps_is_not_scaled_with_it(backend):
+    require(OP, backend)
+    tensors = draw(backend, **sized(backend))
+    grad = torch.randn_like(tensors["value"])
+    wanted = run(Call(), in_double(tensors), {"eps": 5.0}, "reference", grad.double()).gradients["rpe_bias"]
+    got = run(Call(), tensors, {"eps": 5.0}, backend, grad).gradients["rpe_bias"]
+    assert wanted.amin() < -1e-3 or wanted.amax() > 1e-3
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@BACKENDS
 @pytest.mark.parametrize("length", [0.0, 1e-3, 30.0])
 def test_queries_of_any_length_give_numbers(backend, length):
     """exp(-|x|^2 / 2) of |x| = 30 is 0 in every dtype; the shift that cancels keeps it in range."""

@@ -35,6 +35,18 @@ def kernel_entries(entries: Tensor, heads: int) -> Tensor:
     return entries.float().flatten(1).expand(heads, -1).contiguous()
 
 
+def relative_entries(bias: Tensor, heads: int, eps: float) -> Tensor:
+    """``kernel_entries`` of a bias that kernels take relative to its maximum, as if that were a constant.
+
+    It cancels where eps is 0. Otherwise it counts, and is subtracted here, where autograd sees it.
+    """
+    entries = kernel_entries(bias, heads)
+    if eps == 0 or not entries.shape[1]:
+        return entries
+    highest = entries.amax(1, keepdim=True)
+    return entries - torch.where(highest == float("-inf"), 0.0, highest)
+
+
 def check_padding_mask(op: str, mask: Tensor | None, query: Tensor) -> None:
     if mask is None:
         return
