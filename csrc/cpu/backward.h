@@ -29,7 +29,9 @@ namespace effattn::EFFATTN_ISA {
 
 // Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the
 // slope is scale * log2 e everywhere; using Sink: NoParameterGradient, or one per thread with
-//   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task).
+//   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task); a sink that stages rows
+//   (kStagesRows) has instead of add: row(row, i) and weights_row(row, i), where dLogit and dW of up to six rows are
+//   written, each null where it is not wanted, and fold(row, rows, key, keys) after them.
 //
 // A family of windows says so (kWindows) and has tasks of its own, WindowChunks: a task is (head, chunk of the windows
 // of all images). Each window is one problem that no other task shares, its dQ, dK and dV are stored at once; its rows
@@ -53,6 +55,7 @@ class Backward {
   using Sink = typename Family::Sink;
   static constexpr int kPair = Arithmetic::kPerWord;
   static constexpr bool kWindows = requires { Family::kWindows; };
+  static constexpr bool kStagesRows = requires { Sink::kStagesRows; };
   using Tasks = typename TasksOf<kWindows>::Type;
   // Rows of so many vectors fit into 32 registers.
   static constexpr int kShortVectors = kWindows && kLanes == 16 ? (kPair == 1 ? 7 : 4) : 0;
@@ -341,6 +344,8 @@ class Backward {
     if constexpr (kWindows) {
       sink_.fold(row + r, rows);
       fetch_.step();
+    } else if constexpr (kStagesRows) {
+      sink_.fold(row + r, rows, key, count);
     }
   }
 
@@ -418,7 +423,7 @@ class Backward {
     if constexpr (Policy::kReweighs) return grad * load(multipliers);
     return grad;
   }
-  static EFFATTN_INLINE void add_to(float* to, Vec value) { store(to, load(to) + value); }
+  static EFFATTN_INLINE void add_to(float* to, Vec value) { store(to, kStagesRows ? value : load(to) + value); }
 
   template <bool kPlain, class Tile>
   EFFATTN_INLINE Vec weight(const Tile& tile, Vec score, int i, int64_t v, Vec logsumexp, int64_t limit) const {
@@ -469,7 +474,7 @@ class Backward {
         delta[p] = broadcast(delta_[row + r + i + p]);
         limit[p] = smaller(policy_.key_limit(row + r + i + p) - key, count);
         multipliers[p] = multipliers_of(row + r + i + p, key);
-        if constexpr (kWindows) to[p] = sink_.row(row + r + i + p, i + p);
+        if constexpr (kWindows || kStagesRows) to[p] = sink_.row(row + r + i + p, i + p);
         if constexpr (Policy::kReweighs) to_weights[p] = sink_.weights_row(row + r + i + p, i + p);
       }
       for (int64_t v = first; v < last; ++v) {
@@ -486,7 +491,7 @@ class Backward {
           const Vec grad_logit = w[p] * (reweighed(grad_weight, multipliers[p] + v * kLanes) - delta[p]);
           grad_score[p] = Family::kMultiplies ? grad_logit * slope : grad_logit;
           if constexpr (!kPlain) grad_score[p] = select(first_lanes(limit[p] - v * kLanes), grad_score[p], Vec{});
-          if constexpr (kWindows) {
+          if constexpr (kWindows || kStagesRows) {
             if (to[p]) add_to(to[p] + v * kLanes, grad_score[p]);
           } else if constexpr (Sink::kActive) {
             sink_.template add<kPlain, kPair>(tile, i + p, v, grad_logit * score);
