@@ -33,6 +33,9 @@ def costs() -> tuple[float, float, float, float]:
     return _costs_of(torch.get_num_threads())
 
 
+costs._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import all of Dynamo
+
+
 def path() -> Path:
     directory = os.environ.get("EFFATTN_CACHE_DIR")
     return (Path(directory) if directory else Path.home() / ".cache" / "effattn") / "toeplitz.json"
