@@ -167,9 +167,9 @@ void toeplitz_plan(const ToeplitzPlanning& p, ToeplitzPlan& plan, const Runtime&
   plan.seconds[0] = nano * queries * keys * (m + d) * p.costs.direct;
   plan.seconds[1] = nano * butterflies * p.costs.fft;
   plan.seconds[2] = nano * butterflies * p.costs.double_fft;
-  plan.seconds[3] =
-      has_structure ? nano * (batch * n * near_keys * (m + d) * p.costs.direct + queries * 2.0 * m * d * p.costs.scan)
-                    : INFINITY;
+  plan.seconds[3] = has_structure ? nano * (batch * n * near_keys * (m + d) * p.costs.direct +
+                                               queries * (p.is_causal ? 1.0 : 2.0) * m * d * p.costs.scan)
+                                  : INFINITY;
   plan.method = choose(p, plan);
 }
 

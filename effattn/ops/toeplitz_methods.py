@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ METHODS = ("auto", "direct", "fft", "structured")
 BY_PLAN, DIRECT, FFT, DOUBLE_FFT, STRUCTURED = range(5)
 """Codes of the kernels' ``method``; BY_PLAN: what the plan says. A plan of 0: nothing serves the request."""
 
+CODES = {"direct": DIRECT, "fft": FFT, "double_fft": DOUBLE_FFT, "structured": STRUCTURED}
 NAMES = {DIRECT: "direct", FFT: "fft", DOUBLE_FFT: "fft in float64", STRUCTURED: "structured"}
 REPORT = ("direct_s", "fft_s", "double_fft_s", "structured_s", "fft_error", "double_fft_error", "tail", "range")
 
@@ -36,8 +39,31 @@ bias: (H, entries) contiguous float32 on the CPU. Predicted seconds are infinite
 relative to the largest output; tail is the distance from which the bias is linear; range is in nats.
     direct      batch H pairs (features + value_dim) direct_ns
     fft         batch H features (value_dim + 1) L log2(L) fft_ns, L the length of the transform
-    structured  batch H N (near keys (features + value_dim) direct_ns + 2 features value_dim scan_ns)
+    structured  batch H N (near keys (features + value_dim) direct_ns + sides features value_dim scan_ns), sides 2,
+                causal 1; near keys in blocks of BLOCK
 """
+
+BLOCK = 64
+
+
+def predicted(costs, tokens: int, features: int, value_dim: int, heads: int = 1) -> tuple[float, float, float, float]:
+    """Those seconds of a constant bias, not causal, with a batch of 1 and no need for the bias."""
+    direct_ns, fft_ns, double_fft_ns, scan_ns = (1e-9 * heads * cost for cost in costs)
+    length = transform_length(max(2 * tokens - 1, 2))
+    butterflies = features * (value_dim + 1) * length * math.log2(length)
+    both, near = features + value_dim, min(BLOCK, tokens)
+    return (
+        tokens * tokens * both * direct_ns,
+        butterflies * fft_ns,
+        butterflies * double_fft_ns,
+        tokens * (near * both * direct_ns + 2 * features * value_dim * scan_ns),
+    )
+
+
+def transform_length(least: int) -> int:
+    """The shortest 2^a 3^b 5^c of at least ``least``."""
+    odd = [3**b * 5**c for b in range(40) for c in range(28) if 3**b * 5**c < 2 * least]
+    return min(number << max(-(-least // number) - 1, 0).bit_length() for number in odd)
 
 
 def planned(bias: Tensor, query: Tensor, value: Tensor, grid, is_causal: bool, method: str) -> tuple[Tensor, Tensor]:
