@@ -23,7 +23,8 @@ db. The grid falls into patches of at most BLOCK tokens, and pairs of patches at
 its loop reads no table at all, and adds along the diagonals once, at the end: rows of the sum are rotated until a diagonal stands in
 a column. It writes 4 BLOCK numbers, since in each axis a diagonal either stays in the key patch or runs on into the next. That
 recomputes two products, but partial tables from the tiles of dK or dQ would need the diagonals of every tile, and a table for each.
-reduce_diagonals adds at most 4 numbers a split to an entry, in order.
+reduce_diagonals adds at most 4 numbers a split to an entry, in order. Where eps is not 0 the maximum of b does not cancel, and
+its entry (ties in equal shares) receives -sum db.
 
 fp16. c may be far below what fp16 holds in every key of a row, and D far above, so W and c D meet their operand in TF32, which has
 fp16's precision and fp32's range; elsewhere they are rounded to the operand's type.
@@ -418,12 +419,12 @@ def _weight_precision(query):
 
 
 def _relative_weights(bias):
-    weights = torch.empty_like(bias)
-    if bias.numel():
-        programs = bias.shape[0] * triton.cdiv(bias.shape[1], LANES)
-        arguments = (bias, bias.amax(1), weights, bias.shape[1])
-        table.launch(relative_weights, programs, bias.device, SMALL, *arguments, LANES=LANES)
-    return weights
+    """(c, the largest entry of each head)"""
+    weights, highest = torch.empty_like(bias), bias.amax(1, keepdim=True)
+    programs = bias.shape[0] * triton.cdiv(bias.shape[1], LANES)
+    arguments = (bias, highest, weights, bias.shape[1])
+    table.launch(relative_weights, programs, bias.device, SMALL, *arguments, LANES=LANES)
+    return weights, highest
 
 
 def toeplitz_fwd(query, key, value, bias, plan, grid_h, grid_w, is_causal, method, eps, wants_bias_gradient=True):
@@ -433,13 +434,14 @@ def toeplitz_fwd(query, key, value, bias, plan, grid_h, grid_w, is_causal, metho
     normalizer = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
     if output.numel() == 0:
         return output, normalizer
+    weights, _ = _relative_weights(bias)
     config = _configuration("forward", query, value)
     table.launch(
         toeplitz_forward,
         triton.cdiv(tokens, config.block_m) * batch * heads,
         query.device,
         config,
-        *(query, key, value, _relative_weights(bias), output, normalizer),
+        *(query, key, value, weights, output, normalizer),
         tiles.ForwardStrides(query.stride(), key.stride(), value.stride(), output.stride()),
         *(heads, tokens, bias.shape[1], grid_w, eps),
         BLOCK_M=config.block_m,
@@ -471,7 +473,7 @@ def toeplitz_bwd(
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     if value.numel() == 0:
         return grad_query, grad_key, grad_value, torch.zeros_like(bias)
-    weights = _relative_weights(bias)
+    weights, highest = _relative_weights(bias)
     delta = engine.run_row_delta(output, grad_output)
     saved = (normalizer, delta)
     sizes = (heads, tokens, bias.shape[1], grid_w)
@@ -509,7 +511,12 @@ def toeplitz_bwd(
     if not wants_bias_gradient:
         return grad_query, grad_key, grad_value, torch.zeros_like(bias)
     inputs = (query, key, value, grad_output, *saved)
-    return grad_query, grad_key, grad_value, _bias_gradient(inputs, read, weights, grid_h, grid_w, options)
+    grad_bias = _bias_gradient(inputs, read, weights, grid_h, grid_w, options)
+    if eps:
+        largest = bias == highest
+        share = grad_bias.sum(1, keepdim=True, dtype=torch.float64) / largest.sum(1, keepdim=True)
+        grad_bias = torch.where(largest, grad_bias - share, grad_bias).float()
+    return grad_query, grad_key, grad_value, grad_bias
 
 
 def _bias_gradient(inputs, strides, weights, grid_h, grid_w, options):
