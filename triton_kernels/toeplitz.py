@@ -39,8 +39,10 @@ import triton.language as tl
 from . import configurations as table
 from . import engine, tiles
 from .attention import causal_keys, causal_queries
+from .cross_shaped_window import unit_of
+from .cross_shaped_window_tiles import head_at, row_pointers, store_rows
 from .gaussian_mixture import TARGET_PROGRAMS, mixture_members, mixture_offset, mixture_place, patch_shape
-from .tiles import _locate, _rows, _store_rows, every_key, matmul, narrow
+from .tiles import every_key, matmul, narrow
 
 LANES = 256
 SMALL = table.Configuration(LANES, 0, 4, 1)
@@ -57,6 +59,21 @@ def position(token, num_tokens, width):
     """p of a token; past the end that of the last one, so that every pair has an entry."""
     token = tl.minimum(token, num_tokens - 1)
     return token + token // width * (width - 1)
+
+
+@triton.jit
+def load_rows(pointer, strides, rows, valid, DIM: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    """Rows of a head; without CHECK all of them exist. UNIT divides every stride but the last."""
+    pointers = row_pointers(pointer, strides, rows, UNIT, BLOCK)
+    inside = tl.arange(0, BLOCK) < DIM
+    if CHECK and DIM != BLOCK:
+        return tl.load(pointers, mask=valid[:, None] & inside[None, :], other=0.0)
+    elif CHECK:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    elif DIM != BLOCK:
+        return tl.load(pointers, mask=inside[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -115,6 +132,7 @@ def toeplitz_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHT_PRECISION: tl.constexpr,
 ):
@@ -123,13 +141,13 @@ def toeplitz_forward(
     row_begin = (blocks - 1 - program % blocks) * BLOCK_M
     b = (program // blocks // num_heads).to(tl.int64)
     h = (program // blocks % num_heads).to(tl.int64)
-    key = _locate(key, strides.key, b, h)
-    value = _locate(value, strides.value, b, h)
+    key = head_at(key, strides.key, b, h, UNIT)
+    value = head_at(value, strides.value, b, h, UNIT)
     i = row_begin + tl.arange(0, BLOCK_M)
     i_valid = i < num_tokens
     weights += h * entries
     first = position(num_tokens - 1, num_tokens, width) - position(i, num_tokens, width)
-    q = _rows(_locate(query, strides.query, b, h), strides.query, i, i_valid, KEY_DIM, BLOCK_K, True)
+    q = load_rows(head_at(query, strides.query, b, h, UNIT), strides.query, i, i_valid, KEY_DIM, BLOCK_K, UNIT, True)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if CAUSAL:
@@ -140,19 +158,19 @@ def toeplitz_forward(
         for start in range(full if MASKED else begin, end if MASKED else full, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             c = tl.load(weights + (position(j, num_tokens, width)[None, :] + first[:, None]))
-            k = _rows(key, strides.key, j, j < num_tokens, KEY_DIM, BLOCK_K, MASKED)
+            k = load_rows(key, strides.key, j, j < num_tokens, KEY_DIM, BLOCK_K, UNIT, MASKED)
             w = matmul(q, tl.trans(k), None, PRECISION) * c
             if MASKED and CAUSAL:
                 w = tl.where(j[None, :] <= i[:, None], w, 0.0)
             total += tl.sum(w, 1)
-            v = _rows(value, strides.value, j, j < num_tokens, VALUE_DIM, BLOCK_V, MASKED)
+            v = load_rows(value, strides.value, j, j < num_tokens, VALUE_DIM, BLOCK_V, UNIT, MASKED)
             accumulator = weigh(w, v, accumulator, WEIGHT_PRECISION)
     total += eps
     tl.store(normalizer + (b * num_heads + h) * num_tokens + i, total, mask=i_valid)
     empty = total == 0.0
     out = tl.where(empty[:, None], 0.0, accumulator / tl.where(empty, 1.0, total)[:, None])
-    output = _locate(output, strides.output, b, h)
-    _store_rows(output, strides.output, out, i, i_valid, VALUE_DIM, BLOCK_V)
+    output = head_at(output, strides.output, b, h, UNIT)
+    store_rows(output, strides.output, out, i, i_valid, VALUE_DIM, BLOCK_V, UNIT)
 
 
 # ---- backward ----
@@ -181,6 +199,7 @@ def toeplitz_key_value_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHT_PRECISION: tl.constexpr,
 ):
@@ -189,15 +208,15 @@ def toeplitz_key_value_gradient(
     column_begin = program % blocks * BLOCK_N
     b = (program // blocks // num_heads).to(tl.int64)
     h = (program // blocks % num_heads).to(tl.int64)
-    query = _locate(query, strides.query, b, h)
-    grad_output = _locate(grad_output, strides.grad_output, b, h)
+    query = head_at(query, strides.query, b, h, UNIT)
+    grad_output = head_at(grad_output, strides.grad_output, b, h, UNIT)
     row = (b * num_heads + h) * num_tokens
     j = column_begin + tl.arange(0, BLOCK_N)
     j_valid = j < num_tokens
     weights += h * entries
     last = position(num_tokens - 1, num_tokens, width) + position(j, num_tokens, width)
-    k = _rows(_locate(key, strides.key, b, h), strides.key, j, j_valid, KEY_DIM, BLOCK_K, True)
-    v = _rows(_locate(value, strides.value, b, h), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, True)
+    k = load_rows(head_at(key, strides.key, b, h, UNIT), strides.key, j, j_valid, KEY_DIM, BLOCK_K, UNIT, True)
+    v = load_rows(head_at(value, strides.value, b, h, UNIT), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, UNIT, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     begin = 0
@@ -212,17 +231,17 @@ def toeplitz_key_value_gradient(
             c = c * inverse_normalizer(normalizer + row, i, i_valid)[None, :]
             if not FULL:
                 c = tl.where(j[:, None] <= i[None, :], c, 0.0)
-            q = _rows(query, strides.query, i, i_valid, KEY_DIM, BLOCK_K, True)
+            q = load_rows(query, strides.query, i, i_valid, KEY_DIM, BLOCK_K, UNIT, True)
             w = matmul(k, tl.trans(q), None, PRECISION) * c
-            do = _rows(grad_output, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, True)
+            do = load_rows(grad_output, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, UNIT, True)
             dv = weigh(w, do, dv, WEIGHT_PRECISION)
             deltas = tl.load(delta + row + i, mask=i_valid, other=0.0)
             ds = (matmul(v, tl.trans(do), None, PRECISION) - deltas[None, :]) * c
             dk = weigh(ds, q, dk, WEIGHT_PRECISION)
-    grad_key = _locate(grad_key, strides.grad_key, b, h)
-    grad_value = _locate(grad_value, strides.grad_value, b, h)
-    _store_rows(grad_key, strides.grad_key, dk, j, j_valid, KEY_DIM, BLOCK_K)
-    _store_rows(grad_value, strides.grad_value, dv, j, j_valid, VALUE_DIM, BLOCK_V)
+    grad_key = head_at(grad_key, strides.grad_key, b, h, UNIT)
+    grad_value = head_at(grad_value, strides.grad_value, b, h, UNIT)
+    store_rows(grad_key, strides.grad_key, dk, j, j_valid, KEY_DIM, BLOCK_K, UNIT)
+    store_rows(grad_value, strides.grad_value, dv, j, j_valid, VALUE_DIM, BLOCK_V, UNIT)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -246,6 +265,7 @@ def toeplitz_query_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHT_PRECISION: tl.constexpr,
 ):
@@ -254,15 +274,15 @@ def toeplitz_query_gradient(
     row_begin = (blocks - 1 - program % blocks) * BLOCK_M
     b = (program // blocks // num_heads).to(tl.int64)
     h = (program // blocks % num_heads).to(tl.int64)
-    key = _locate(key, strides.key, b, h)
-    value = _locate(value, strides.value, b, h)
-    grad_output = _locate(grad_output, strides.grad_output, b, h)
+    key = head_at(key, strides.key, b, h, UNIT)
+    value = head_at(value, strides.value, b, h, UNIT)
+    grad_output = head_at(grad_output, strides.grad_output, b, h, UNIT)
     i = row_begin + tl.arange(0, BLOCK_M)
     i_valid = i < num_tokens
     row = (b * num_heads + h) * num_tokens
     weights += h * entries
     first = position(num_tokens - 1, num_tokens, width) - position(i, num_tokens, width)
-    do = _rows(grad_output, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, True)
+    do = load_rows(grad_output, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, UNIT, True)
     deltas = tl.load(delta + row + i, mask=i_valid, other=0.0)
     inverse = inverse_normalizer(normalizer + row, i, i_valid)
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -274,14 +294,14 @@ def toeplitz_query_gradient(
         for start in range(full if MASKED else begin, end if MASKED else full, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             c = tl.load(weights + (position(j, num_tokens, width)[None, :] + first[:, None])) * inverse[:, None]
-            v = _rows(value, strides.value, j, j < num_tokens, VALUE_DIM, BLOCK_V, MASKED)
+            v = load_rows(value, strides.value, j, j < num_tokens, VALUE_DIM, BLOCK_V, UNIT, MASKED)
             ds = (matmul(do, tl.trans(v), None, PRECISION) - deltas[:, None]) * c
             if MASKED and CAUSAL:
                 ds = tl.where(j[None, :] <= i[:, None], ds, 0.0)
-            k = _rows(key, strides.key, j, j < num_tokens, KEY_DIM, BLOCK_K, MASKED)
+            k = load_rows(key, strides.key, j, j < num_tokens, KEY_DIM, BLOCK_K, UNIT, MASKED)
             dq = weigh(ds, k, dq, WEIGHT_PRECISION)
-    grad_query = _locate(grad_query, strides.grad_query, b, h)
-    _store_rows(grad_query, strides.grad_query, dq, i, i_valid, KEY_DIM, BLOCK_K)
+    grad_query = head_at(grad_query, strides.grad_query, b, h, UNIT)
+    store_rows(grad_query, strides.grad_query, dq, i, i_valid, KEY_DIM, BLOCK_K, UNIT)
 
 
 @triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "height", "width", "tile_h", "tile_w", "splits"])
@@ -308,6 +328,7 @@ def toeplitz_bias_gradient(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """partial (distances, H, splits, 4, BLOCK): sums along the diagonals; of the 4, bit 1 and bit 0 say whether y and x run on."""
@@ -327,12 +348,12 @@ def toeplitz_bias_gradient(
         b = place_b.to(tl.int64)
         h = place_h.to(tl.int64)
         row = (b * num_heads + h) * num_tokens
-        q = _rows(_locate(query, strides.query, b, h), strides.query, i, i_valid, KEY_DIM, BLOCK_K, True)
-        k = _rows(_locate(key, strides.key, b, h), strides.key, j, j_valid, KEY_DIM, BLOCK_K, True)
+        q = load_rows(head_at(query, strides.query, b, h, UNIT), strides.query, i, i_valid, KEY_DIM, BLOCK_K, UNIT, True)
+        k = load_rows(head_at(key, strides.key, b, h, UNIT), strides.key, j, j_valid, KEY_DIM, BLOCK_K, UNIT, True)
         score = matmul(q, tl.trans(k), None, PRECISION)
-        grad_output_head = _locate(grad_output, strides.grad_output, b, h)
-        do = _rows(grad_output_head, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, True)
-        v = _rows(_locate(value, strides.value, b, h), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, True)
+        grad_output_head = head_at(grad_output, strides.grad_output, b, h, UNIT)
+        do = load_rows(grad_output_head, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, UNIT, True)
+        v = load_rows(head_at(value, strides.value, b, h, UNIT), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, UNIT, True)
         deltas = tl.load(delta + row + i, mask=i_valid, other=0.0)
         inverse = inverse_normalizer(normalizer + row, i, i_valid)
         d = (matmul(do, tl.trans(v), None, PRECISION) - deltas[:, None]) * inverse[:, None]
@@ -399,7 +420,7 @@ def _configuration(kernel, query, value):
     return table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
 
 
-def _options(query, value, is_causal) -> dict:
+def _options(query, value, is_causal, *tensors) -> dict:
     key_dim, value_dim = query.shape[3], value.shape[3]
     return {
         "CAUSAL": is_causal,
@@ -407,6 +428,7 @@ def _options(query, value, is_causal) -> dict:
         "VALUE_DIM": value_dim,
         "BLOCK_K": table.block_d(key_dim),
         "BLOCK_V": table.block_d(value_dim),
+        "UNIT": unit_of(query, value, *tensors),
         "PRECISION": table.precision(query),
     }
 
@@ -447,7 +469,7 @@ def toeplitz_fwd(query, key, value, bias, plan, grid_h, grid_w, is_causal, metho
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         WEIGHT_PRECISION=_weight_precision(query),
-        **_options(query, value, is_causal),
+        **_options(query, value, is_causal, key, output),
     )
     return output, normalizer
 
@@ -477,7 +499,8 @@ def toeplitz_bwd(
     delta = engine.run_row_delta(output, grad_output)
     saved = (normalizer, delta)
     sizes = (heads, tokens, bias.shape[1], grid_w)
-    options = _options(query, value, is_causal)
+    gradients = grad_query, grad_key, grad_value
+    options = _options(query, value, is_causal, key, grad_output, *gradients)
     precisions = {"WEIGHT_PRECISION": _weight_precision(query)}
     read = tuple(tensor.stride() for tensor in (query, key, value, grad_output))
     config = _configuration("key_value_gradient", query, value)
