@@ -25,6 +25,7 @@ from effattn.triton_kernels import (
     local_enhancement,
     retention,
     shift_add,
+    toeplitz,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -86,6 +87,12 @@ RETENTION = {  # operation -> head_dim of value for one of query, is_causal, chu
     "retention_recurrent": (lambda head_dim: 2 * head_dim, True, 1),
 }
 OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS, *RETENTION)
+TOEPLITZ = {  # operation -> features for a head_dim, grid, is_causal
+    "toeplitz": (lambda head_dim: head_dim, (1, 1024), False),
+    "toeplitz_32": (lambda head_dim: 32, (32, 32), False),
+    "toeplitz_causal": (lambda head_dim: head_dim, (1, 1000), True),
+}
+OPERATIONS += (*TOEPLITZ,)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -167,6 +174,18 @@ def _run_retention(operation, dtype, head_dim):
     retention.retention_bwd(grad_output, state, *arguments, *options)
 
 
+def _run_toeplitz(operation, dtype, head_dim):
+    """Forward and backward launchers of (2, 4, h w, head_dim)."""
+    features, grid, is_causal = TOEPLITZ[operation]
+    tokens = grid[0] * grid[1]
+    query, key = (make(2, 4, tokens, features(head_dim), dtype=dtype) for _ in range(2))
+    value, grad_output = (make(2, 4, tokens, head_dim, dtype=dtype) for _ in range(2))
+    bias = make(4, (2 * grid[0] - 1) * (2 * grid[1] - 1), dtype=torch.float32)
+    arguments, options = (query, key, value, bias, None), (*grid, is_causal, 1, 0.0)
+    saved = toeplitz.toeplitz_fwd(*arguments, *options)
+    toeplitz.toeplitz_bwd(grad_output, *arguments, *saved, *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -177,6 +196,8 @@ def _run(operation, dtype, head_dim):
         return _run_windows(operation, dtype, head_dim)
     if operation in RETENTION:
         return _run_retention(operation, dtype, head_dim)
+    if operation in TOEPLITZ:
+        return _run_toeplitz(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -114,7 +114,7 @@ def _cancelling_terms(tensors: dict[str, Tensor], grad_output: Tensor) -> float:
         return 0.0
     terms = grad_output.abs().sum(-1).max() * tensors["value"].abs().max() * head_dim**-0.5
     for name, tensor in tensors.items():
-        if name not in ("value", "attn_mask"):
+        if name not in ("value", "attn_mask") and tensor.is_floating_point():
             terms = terms * tensor.abs().max().clamp_min(1.0)
     return (batch * tokens) ** 0.5 * terms.item()
 
