@@ -25,6 +25,7 @@ from effattn.triton_kernels import (
     local_enhancement,
     retention,
     shift_add,
+    urpe,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -85,7 +86,15 @@ RETENTION = {  # operation -> head_dim of value for one of query, is_causal, chu
     "retention_bidirectional": (lambda head_dim: head_dim, False, 0),
     "retention_recurrent": (lambda head_dim: 2 * head_dim, True, 1),
 }
-OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS, *RETENTION)
+URPE = {  # operation -> grid, coefficient, bias, is_causal
+    "urpe": ((1, 1024), True, True, False),
+    "urpe_causal": ((1, 1024), True, True, True),
+    "urpe_grid": ((32, 32), True, True, False),
+    "urpe_grid_causal": ((32, 32), True, True, True),
+    "urpe_coefficient": ((1, 1024), True, False, False),
+    "urpe_bias": ((1, 1024), False, True, False),
+}
+OPERATIONS += (*WINDOWS, *MANHATTAN, *ENHANCEMENTS, *RETENTION, *URPE)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -167,6 +176,16 @@ def _run_retention(operation, dtype, head_dim):
     retention.retention_bwd(grad_output, state, *arguments, *options)
 
 
+def _run_urpe(operation, dtype, head_dim):
+    """Forward and backward launchers of (2, 4, 1024, head_dim)."""
+    (grid_h, grid_w), *present, is_causal = URPE[operation]
+    query, key, value, grad_output = (make(2, 4, grid_h * grid_w, head_dim, dtype=dtype) for _ in range(4))
+    entries = make(4, (2 * grid_h - 1) * (2 * grid_w - 1), dtype=torch.float32)
+    tensors = (query, key, value, *(entries if given else None for given in present))
+    options = (grid_h, grid_w, is_causal, head_dim**-0.5)
+    urpe.relative_bwd(grad_output, *tensors, *urpe.relative_fwd(*tensors, *options), *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -177,6 +196,8 @@ def _run(operation, dtype, head_dim):
         return _run_windows(operation, dtype, head_dim)
     if operation in RETENTION:
         return _run_retention(operation, dtype, head_dim)
+    if operation in URPE:
+        return _run_urpe(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
