@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from effattn.triton_kernels import attention, gaussian_mixture
+from effattn.triton_kernels import attention, gaussian_mixture, patches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -273,7 +273,7 @@ def test_splits_of_the_parameter_gradient_agree(monkeypatch):
     tensors = mixture_tensors((4, 12), 0, batch=6, heads=1)
     results = []
     for target in (1, 4096):
-        monkeypatch.setattr(gaussian_mixture, "TARGET_PROGRAMS", target)
+        monkeypatch.setattr(patches, "TARGET_PROGRAMS", target)
         results.append(run_mixture(*tensors, (4, 12), 0)[1][3:])
     assert not all(map(torch.equal, *results))  # the order of summation did change
     for a, b in zip(*results):
@@ -283,7 +283,7 @@ def test_splits_of_the_parameter_gradient_agree(monkeypatch):
 @pytest.mark.parametrize("block", [16, 32, 64])
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24), (64, 64), (1, 197), (200, 1), (3, 65), (7, 5)])
 def test_patches_cover_the_grid_and_fit_the_block(grid, block):
-    tile_h, tile_w = gaussian_mixture.patch_shape(*grid, block)
+    tile_h, tile_w = patches.patch_shape(*grid, block)
     assert 1 <= tile_h * tile_w <= block
     assert tile_h <= grid[0]
     assert tile_w <= grid[1]

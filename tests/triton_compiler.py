@@ -26,6 +26,7 @@ from effattn.triton_kernels import (
     retention,
     shift_add,
     toeplitz,
+    urpe,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -92,7 +93,16 @@ TOEPLITZ = {  # operation -> features for a head_dim, grid, is_causal
     "toeplitz_32": (lambda head_dim: 32, (32, 32), False),
     "toeplitz_causal": (lambda head_dim: head_dim, (1, 1000), True),
 }
-OPERATIONS += (*TOEPLITZ,)
+
+URPE = {  # operation -> grid, coefficient, bias, is_causal
+    "urpe": ((1, 1024), True, True, False),
+    "urpe_causal": ((1, 1024), True, True, True),
+    "urpe_grid": ((32, 32), True, True, False),
+    "urpe_grid_causal": ((32, 32), True, True, True),
+    "urpe_coefficient": ((1, 1024), True, False, False),
+    "urpe_bias": ((1, 1024), False, True, False),
+}
+OPERATIONS += (*TOEPLITZ, *URPE)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -186,6 +196,16 @@ def _run_toeplitz(operation, dtype, head_dim):
     toeplitz.toeplitz_bwd(grad_output, *arguments, *saved, *options)
 
 
+def _run_urpe(operation, dtype, head_dim):
+    """Forward and backward launchers of (2, 4, 1024, head_dim)."""
+    (grid_h, grid_w), *present, is_causal = URPE[operation]
+    query, key, value, grad_output = (make(2, 4, grid_h * grid_w, head_dim, dtype=dtype) for _ in range(4))
+    entries = make(4, (2 * grid_h - 1) * (2 * grid_w - 1), dtype=torch.float32)
+    tensors = (query, key, value, *(entries if given else None for given in present))
+    options = (grid_h, grid_w, is_causal, head_dim**-0.5)
+    urpe.relative_bwd(grad_output, *tensors, *urpe.relative_fwd(*tensors, *options), *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -198,6 +218,8 @@ def _run(operation, dtype, head_dim):
         return _run_retention(operation, dtype, head_dim)
     if operation in TOEPLITZ:
         return _run_toeplitz(operation, dtype, head_dim)
+    if operation in URPE:
+        return _run_urpe(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -42,6 +42,7 @@ def run_forward(policy: Policy, query, key, value, arguments, scale_log2):
         *(query, key, value, output, logsumexp, arguments, strides, *sizes, scale_log2),
         TERM=policy.term,
         LOGITS=policy.logits,
+        WEIGH=policy.weigh,
         KEEP=policy.keep,
         KEY_SPAN=policy.key_span,
         **_block_options(query, config),
@@ -79,6 +80,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
     functions = {
         "TERM": policy.term,
         "LOGITS": policy.logits,
+        "WEIGH": policy.weigh,
         "SCORE_GRADIENT": policy.score_gradient,
         "KEEP": policy.keep,
     }
@@ -137,7 +139,9 @@ def run_parameter_gradient(
         PLACE=parameter_policy.place,
         OWNER_TERM=parameter_policy.owner_term,
         LOGITS=policy.logits,
+        WEIGH=policy.weigh,
         TERM_GRADIENT=parameter_policy.term_gradient,
+        WEIGH_GRADIENT=parameter_policy.weigh_gradient,
         FINISH=parameter_policy.finish,
         HEAD_DIM=query.shape[3],
         BLOCK=config.block_m,

@@ -9,8 +9,8 @@ code per token, code(y, x) = y (2w-1) + x: the entry of a pair is table[code_i -
 a 64-wide tile touches a few table rows) make an element's M; no division, no exp. Prefix tokens carry a code so large that the minimum lands on the
 table's last entry, M = 1, and tokens past the end do the same.
 
-Parameters. dM = scale * dZ * S is wanted summed against G_k and G_k r2. Split the grid into patches of tile_h x tile_w tokens, at most BLOCK: pairs of
-patches with the same offset (cy, cx) see the same BLOCK x BLOCK piece of the table. One program owns (head, offset, split), keeps that piece and the
+Parameters. dM = scale * dZ * S is wanted summed against G_k and G_k r2. Pairs of patches of the grid with the same offset (patches.py) see the same
+BLOCK x BLOCK piece of the table. One program owns (head, offset, split), keeps that piece and the
 sum of dM over batch and pairs in registers (4 D FLOPs and one multiply-add an element), and contracts with the K Gaussians once, at the end:
 exact for any K at K exps per program. The partial sums (H, K, 2, programs) are then added in order by one program per (k, h).
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import configurations as table
-from . import engine, tiles
+from . import engine, patches, tiles
 from .tiles import LN2, LOG2E
 
 PREFIX_CODE = tl.constexpr(1 << 29)
@@ -91,63 +91,8 @@ def mixture_term(arguments, b, h, i, j, num_queries, num_keys):
 
 
 @triton.jit
-def mixture_offset(owner, num_heads, extents):
-    """Owner -> (head, cy, cx): query patch minus key patch. Offsets near zero, which have the most pairs, come first."""
-    patches_y = tl.cdiv(extents[0], extents[3])
-    patches_x = tl.cdiv(extents[1], extents[4])
-    offset = owner // num_heads
-    rank = offset // (2 * patches_x - 1)
-    cy = tl.where(rank % 2 == 0, -(rank // 2), (rank + 1) // 2)
-    return owner % num_heads, cy, offset % (2 * patches_x - 1) - (patches_x - 1), patches_y, patches_x
-
-
-@triton.jit
-def mixture_members(owner, batch, num_heads, extents):
-    _, cy, cx, patches_y, patches_x = mixture_offset(owner, num_heads, extents)
-    return batch * (patches_y - tl.abs(cy)) * (patches_x - tl.abs(cx))
-
-
-@triton.jit
-def mixture_place(owner, member, batch, num_heads, num_tokens, extents, BLOCK: tl.constexpr):
-    h, cy, cx, _, patches_x = mixture_offset(owner, num_heads, extents)
-    pair = member // batch
-    pairs_x = patches_x - tl.abs(cx)
-    patch_y = pair // pairs_x + tl.maximum(cy, 0)
-    patch_x = pair % pairs_x + tl.maximum(cx, 0)
-    local = tl.arange(0, BLOCK)
-    local_y = local // extents[4]
-    local_x = local % extents[4]
-    inside = local_y < extents[3]
-    query_y = patch_y * extents[3] + local_y
-    query_x = patch_x * extents[4] + local_x
-    key_y = query_y - cy * extents[3]
-    key_x = query_x - cx * extents[4]
-    i = extents[2] + query_y * extents[1] + query_x
-    j = extents[2] + key_y * extents[1] + key_x
-    return (
-        member % batch,
-        h,
-        i,
-        j,
-        inside & (query_y < extents[0]) & (query_x < extents[1]),
-        inside & (key_y < extents[0]) & (key_x < extents[1]),
-    )
-
-
-@triton.jit
-def mixture_differences(owner, num_heads, extents, BLOCK: tl.constexpr):
-    h, cy, cx, _, _ = mixture_offset(owner, num_heads, extents)
-    local = tl.arange(0, BLOCK)
-    local_y = local // extents[4]
-    local_x = local % extents[4]
-    dy = cy * extents[3] + local_y[:, None] - local_y[None, :]
-    dx = cx * extents[4] + local_x[:, None] - local_x[None, :]
-    return h, dy, dx
-
-
-@triton.jit
 def mixture_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, extents, BLOCK: tl.constexpr):
-    h, dy, dx = mixture_differences(owner, num_heads, extents, BLOCK)
+    h, dy, dx = patches.differences(owner, num_heads, extents, BLOCK)
     entry = dy * (2 * extents[1] - 1) + dx + arguments.last // 2
     exists = (tl.abs(dy) < extents[0]) & (tl.abs(dx) < extents[1])
     return tl.load(arguments.table + h.to(tl.int64) * arguments.table_stride + entry, mask=exists, other=0.0)
@@ -157,7 +102,7 @@ def mixture_owner_term(arguments, owner, num_heads, num_tokens, scale_log2, exte
 def mixture_finish(
     arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK: tl.constexpr
 ):
-    h, dy, dx = mixture_differences(owner, num_heads, extents, BLOCK)
+    h, dy, dx = patches.differences(owner, num_heads, extents, BLOCK)
     r2 = (dy * dy + dx * dx).to(tl.float32)
     slots = tl.num_programs(0) // num_heads
     slot = owner // num_heads * splits + split
@@ -200,7 +145,7 @@ MIXTURE = tiles.Policy(
     lean=True,
 )
 MIXTURE_PARAMETERS = tiles.ParameterPolicy(
-    mixture_members, mixture_place, mixture_owner_term, tiles.product_term_gradient, mixture_finish
+    patches.members, patches.place, mixture_owner_term, tiles.product_term_gradient, mixture_finish
 )
 
 
@@ -279,8 +224,6 @@ WEIGHT_PARAMETERS = tiles.ParameterPolicy(
 
 # ---- launchers ----
 
-TARGET_PROGRAMS = 1024  # several waves of the largest chip; fixed, so that sums do not depend on the device
-
 
 def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
     heads = alpha.shape[1]
@@ -302,13 +245,6 @@ def _mixture(alpha, sigma, grid_h, grid_w, num_prefix, eps, scale_log2):
     return arguments
 
 
-def patch_shape(grid_h, grid_w, block):
-    """Largest patch of at most `block` tokens, evened out so that the last of a row or column is not a sliver."""
-    tile_w = triton.cdiv(grid_w, triton.cdiv(grid_w, block))
-    tile_h = min(grid_h, block // tile_w)
-    return triton.cdiv(grid_h, triton.cdiv(grid_h, tile_h)), tile_w
-
-
 def _mixture_parameter_gradients(inputs, arguments, grid_h, grid_w, num_prefix, scale):
     query = inputs[0]
     grad_alpha, grad_sigma = torch.empty_like(arguments.alpha), torch.empty_like(arguments.sigma)
@@ -316,11 +252,9 @@ def _mixture_parameter_gradients(inputs, arguments, grid_h, grid_w, num_prefix, 
     empty = query.shape[0] * grid_h * grid_w == 0
     grid_h, grid_w = max(grid_h, 1), max(grid_w, 1)
     config = table.configuration("parameter_gradient", query, MIXTURE.lean)
-    tile_h, tile_w = patch_shape(grid_h, grid_w, config.block_m)
-    patches_y, patches_x = triton.cdiv(grid_h, tile_h), triton.cdiv(grid_w, tile_w)
-    offsets = (2 * patches_y - 1) * (2 * patches_x - 1)
-    most = query.shape[0] * patches_y * patches_x // 4
-    splits = 0 if empty else max(1, min(TARGET_PROGRAMS // (offsets * heads), most))
+    tile_h, tile_w = patches.patch_shape(grid_h, grid_w, config.block_m)
+    offsets, splits = patches.classes(grid_h, grid_w, tile_h, tile_w, query.shape[0], heads)
+    splits = 0 if empty else splits
     slots = offsets * splits
     partial = torch.empty((heads, gaussians, 2, slots), dtype=torch.float32, device=query.device)
     extents = (grid_h, grid_w, num_prefix, tile_h, tile_w, gaussians)

@@ -1,9 +1,10 @@
 """The Triton tile engine: flash-style attention whose logits a family's policy decides.
 
-    S = Q K^T        Z = logits(S, term)        P = softmax(Z)        O = P V
-    dP = dO V^T      dZ = P * (dP - delta)      delta_i = dO_i . O_i
-    G = score_gradient(dZ, S, term)             dQ = c G K       dK = c G^T Q       dV = P^T dO      c = gradient_scale
+    S = Q K^T               Z = logits(S, term)      P = softmax(Z)      O = W V        W = weigh(P, term)
+    dP = weigh(dW, term)    dW = dO V^T              dZ = P * (dP - delta)              delta_i = dO_i . O_i
+    G = score_gradient(dZ, S, term)             dQ = c G K       dK = c G^T Q       dV = W^T dO      c = gradient_scale
     dterm = term_gradient(dZ, S, term)          summed over every tile that reads the same parameters
+    dweigh = P * dW                             likewise, where the weights have parameters
 
 Queries are (B, H, N, D), keys and values (B, Hkv, M, D), and head h reads key head h // (H / Hkv). Z is a logit in base 2
 (log2(e) folded in), so a tile element's only transcendental is exp2. Nothing of size N x M exists.
@@ -33,6 +34,7 @@ A family is a Policy of @triton.jit functions, handed to the kernels as constexp
         Keys [begin, full) all take part, [full, end) need `keep`. begin and full are multiples of BLOCK.
     query_span(column_begin, column_end, num_queries, BLOCK) -> (begin, full), or None in its place if no query needs `keep`
         Queries [begin, full) need `keep`, [full, num_queries) do not. begin and full are multiples of BLOCK.
+    weigh(p, term)                               p times what its weight is multiplied with after the softmax
 
 A family with parameters adds a ParameterPolicy. Tiles are congruent when one tile of parameters serves them all; the program
 that owns such a class sums dterm over it, or over one split of it:
@@ -40,7 +42,8 @@ that owns such a class sums dterm over it, or over one split of it:
     members(owner, batch, num_heads, extents)    how many tiles the class has
     place(owner, member, batch, num_heads, num_tokens, extents, BLOCK) -> (b, h, i, j, i_valid, j_valid)
     owner_term(arguments, owner, num_heads, num_tokens, scale_log2, extents, BLOCK)      the term that all members share
-    term_gradient(grad_logits, score, term)
+    term_gradient(grad_logits, score, term), or None
+    weigh_gradient: whether P * dW is summed too; `total` is then (sum of term_gradient, sum of P * dW)
     finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK)     stores the sum
 
 `arguments` is a NamedTuple of pointers, strides and floats, whose integers Triton specialises; `extents` are six integers
@@ -60,6 +63,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+@triton.jit
+def unweighed(p, term):
+    return p
+
+
 class Policy(NamedTuple):
     term: Any
     logits: Any
@@ -68,6 +76,7 @@ class Policy(NamedTuple):
     key_span: Any
     query_span: Any
     lean: bool = False  # takes few registers: see configurations.py
+    weigh: Any = unweighed
 
 
 class ParameterPolicy(NamedTuple):
@@ -76,6 +85,7 @@ class ParameterPolicy(NamedTuple):
     owner_term: Any
     term_gradient: Any
     finish: Any
+    weigh_gradient: bool = False
 
 
 # Strides (batch, head, row, head_dim) of what each kernel reads and writes.
@@ -203,6 +213,7 @@ def forward(
     scale_log2,
     TERM: tl.constexpr,
     LOGITS: tl.constexpr,
+    WEIGH: tl.constexpr,
     KEEP: tl.constexpr,
     KEY_SPAN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -240,7 +251,7 @@ def forward(
             total = total * decay + tl.sum(p, 1)
             maximum = new_maximum
             v = _rows(value, strides.value, j, j < num_keys, HEAD_DIM, BLOCK_D, MASKED)
-            accumulator = matmul(narrow(p, v.dtype), v, accumulator * decay[:, None], PRECISION)
+            accumulator = matmul(narrow(WEIGH(p, term), v.dtype), v, accumulator * decay[:, None], PRECISION)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     # in fp64, so that lse is rounded once
@@ -298,6 +309,7 @@ def key_value_gradient(
     gradient_scale,
     TERM: tl.constexpr,
     LOGITS: tl.constexpr,
+    WEIGH: tl.constexpr,
     SCORE_GRADIENT: tl.constexpr,
     KEEP: tl.constexpr,
     QUERY_SPAN: tl.constexpr,
@@ -342,8 +354,8 @@ def key_value_gradient(
                 if not FULL:
                     p = tl.where(KEEP(i[None, :], j[:, None], num_keys), p, 0.0)
                 do = _rows(grad_output_head, strides.grad_output, i, i_valid, HEAD_DIM, BLOCK_D, True)
-                dv = matmul(narrow(p, q.dtype), do, dv, PRECISION)
-                dp = matmul(v, tl.trans(do), None, PRECISION)
+                dv = matmul(narrow(WEIGH(p, term), q.dtype), do, dv, PRECISION)
+                dp = WEIGH(matmul(v, tl.trans(do), None, PRECISION), term)
                 ds = SCORE_GRADIENT(p * (dp - deltas[None, :]), score, term)
                 dk = matmul(narrow(ds, q.dtype), q, dk, PRECISION)
     grad_key = _locate(grad_key, strides.grad_key, b, key_head)
@@ -371,6 +383,7 @@ def query_gradient(
     gradient_scale,
     TERM: tl.constexpr,
     LOGITS: tl.constexpr,
+    WEIGH: tl.constexpr,
     SCORE_GRADIENT: tl.constexpr,
     KEEP: tl.constexpr,
     KEY_SPAN: tl.constexpr,
@@ -404,7 +417,7 @@ def query_gradient(
             v = _rows(value, strides.value, j, j < num_keys, HEAD_DIM, BLOCK_D, MASKED)
             score = matmul(q, tl.trans(k), None, PRECISION)
             p = _weights(LOGITS(score, term, scale_log2), lse[:, None], lse_rest[:, None], q.dtype)
-            dp = matmul(do, tl.trans(v), None, PRECISION)
+            dp = WEIGH(matmul(do, tl.trans(v), None, PRECISION), term)
             if MASKED:
                 p = tl.where(KEEP(i[:, None], j[None, :], num_keys), p, 0.0)
             ds = SCORE_GRADIENT(p * (dp - deltas[:, None]), score, term)
@@ -442,7 +455,9 @@ def parameter_gradient(
     PLACE: tl.constexpr,
     OWNER_TERM: tl.constexpr,
     LOGITS: tl.constexpr,
+    WEIGH: tl.constexpr,
     TERM_GRADIENT: tl.constexpr,
+    WEIGH_GRADIENT: tl.constexpr,
     FINISH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -456,6 +471,7 @@ def parameter_gradient(
     share = tl.cdiv(members, splits)
     term = OWNER_TERM(arguments, owner, num_heads, num_tokens, scale_log2, extents, BLOCK)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    weigh_total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for member in range(split * share, tl.minimum(split * share + share, members)):
         place_b, place_h, i, j, i_valid, j_valid = PLACE(owner, member, batch, num_heads, num_tokens, extents, BLOCK)
         b = place_b.to(tl.int64)
@@ -469,6 +485,14 @@ def parameter_gradient(
         grad_output_head = _locate(grad_output, strides.grad_output, b, h)
         do = _rows(grad_output_head, strides.grad_output, i, i_valid, HEAD_DIM, BLOCK_D, True)
         v = _rows(_locate(value, strides.value, b, h), strides.value, j, j_valid, HEAD_DIM, BLOCK_D, True)
-        dp = matmul(do, tl.trans(v), None, PRECISION)
-        total += tl.where(j_valid[None, :], TERM_GRADIENT(p * (dp - deltas[:, None]), score, term), 0.0)
-    FINISH(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK)
+        dw = matmul(do, tl.trans(v), None, PRECISION)
+        if WEIGH_GRADIENT:
+            weigh_total += tl.where(j_valid[None, :], p * dw, 0.0)
+        if TERM_GRADIENT is not None:
+            grad_logits = p * (WEIGH(dw, term) - deltas[:, None])
+            total += tl.where(j_valid[None, :], TERM_GRADIENT(grad_logits, score, term), 0.0)
+    if WEIGH_GRADIENT:
+        sums = (total, weigh_total)
+    else:
+        sums = total
+    FINISH(arguments, destination, sums, owner, split, splits, num_heads, num_tokens, extents, BLOCK)
