@@ -269,6 +269,61 @@ def _manhattan(batch, heads, grid, head_dim, small=False, lce=False, **options) 
     return Problem("manhattan_attention", ", ".join([shape, *details]), make, call, reference, small)
 
 
+def _toeplitz(
+    batch, heads, tokens, head_dim, features=16, method="auto", small=False, grid=None, given=False, **options
+) -> Problem:
+    """``given``: features instead of queries and keys, toeplitz_linear_attention."""
+    width = features if given else head_dim
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        query, key = (torch.randn(batch, heads, tokens, width, generator=generator) for _ in range(2))
+        if given:
+            query, key = query.exp(), key.exp()
+        value = torch.randn(batch, heads, tokens, head_dim, generator=generator)
+        names = ("query_features", "key_features", "value") if given else ("query", "key", "value")
+        tensors = {name: tensor.to(dtype) for name, tensor in zip(names, (query, key, value))}
+        tensors["rpe_bias"] = _table(heads, tokens, grid, generator)
+        if not given:
+            tensors["projection"] = effattn.random_features(features, head_dim, generator=generator)
+        return tensors
+
+    name = "toeplitz_linear_attention" if given else "kernelized_rpe_attention"
+
+    def call(t, backend):
+        return getattr(effattn, name)(**t, grid=grid, method=method, **options, backend=backend)
+
+    def reference(t):
+        return getattr(effattn.reference, name)(**t, grid=grid, **options)
+
+    details = [f"M {features}", *(["grid {}x{}".format(*grid)] if grid else []), *(["causal"] * len(options)), method]
+    return Problem(name, ", ".join([f"{batch}x{heads}x{tokens}x{head_dim}", *details]), make, call, reference, small)
+
+
+def _urpe(batch, heads, tokens, head_dim, small=False, grid=None, **options) -> Problem:
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        tensors["coefficient"] = 1 + _table(heads, tokens, grid, generator)
+        return {**tensors, "rpe_bias": _table(heads, tokens, grid, generator)}
+
+    def call(t, backend):
+        return effattn.urpe_attention(**t, grid=grid, **options, backend=backend)
+
+    def reference(t):
+        return effattn.reference.urpe_attention(**t, grid=grid, **options)
+
+    details = [*(["grid {}x{}".format(*grid)] if grid else []), *(["causal"] * len(options))]
+    shape = ", ".join([f"{batch}x{heads}x{tokens}x{head_dim}", *details])
+    return Problem("urpe_attention", shape, make, call, reference, small)
+
+
+def _table(heads, tokens, grid, generator) -> Tensor:
+    """Entries for every relative position."""
+    sizes = [2 * extent - 1 for extent in grid or (tokens,)]
+    return 0.5 * torch.randn(heads, *sizes, generator=generator)
+
+
 def _shift_linear(rows, columns, outputs, bits, small=False) -> Problem:
     """Codes over the whole range of exponents, the same in every dtype."""
     generator = torch.Generator().manual_seed(4)
@@ -379,6 +434,17 @@ PROBLEMS = (
     _manhattan(2, 8, (14, 14), 32, num_prefix_tokens=1),
     _manhattan(2, 8, (14, 14), 32, decay="weights"),
     _manhattan(2, 16, (7, 7), 32, lce=True),
+    _toeplitz(1, 2, 15, 8, features=5, method="direct", small=True),
+    _toeplitz(2, 3, 197, 64, features=32, method="direct"),
+    _toeplitz(2, 3, 197, 64, features=32, method="fft"),
+    _toeplitz(1, 2, 24 * 16, 32, features=20, method="direct", grid=(24, 16), is_causal=True),
+    _toeplitz(1, 2, 24 * 16, 32, features=20, method="fft", grid=(24, 16)),
+    _toeplitz(1, 2, 12, 8, features=5, method="direct", small=True, given=True, grid=(3, 4)),
+    _toeplitz(1, 2, 500, 40, method="direct", given=True, is_causal=True),
+    _toeplitz(1, 2, 500, 40, method="fft", given=True),
+    _urpe(1, 2, 15, 8, small=True),
+    _urpe(2, 3, 197, 64, is_causal=True),
+    _urpe(1, 3, 24 * 16, 32, grid=(24, 16)),
     _shift_linear(3, 40, 24, 4, small=True),
     _shift_linear(1, 1024, 1024, 4),
     _shift_linear(16, 1024, 1024, 5),

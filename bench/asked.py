@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from . import bench_retention as decays
+from . import bench_toeplitz as toeplitz
 from . import cswin, memory, photographs
 from .bench_attention import ADDITIVE, ADDITIVE_3D
 from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
@@ -23,7 +24,7 @@ from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
 from .overhead import STOCK
 from .window_peers import ON_WINDOWS
 
-MIXTURE, WINDOWS, RETENTION = "gaussian_mixture", "cross_shaped_window", "retention"
+MIXTURE, WINDOWS, RETENTION, TOEPLITZ = "gaussian_mixture", "cross_shaped_window", "retention", "toeplitz"
 
 
 class Figure(NamedTuple):
@@ -50,6 +51,8 @@ def figures(report, *, build: bool) -> list[Figure]:
         found += _window_figures(report)
     if RETENTION in measured:
         found += _retention_figures(report) + _doubling_figures(report)
+    if TOEPLITZ in measured:
+        found += _toeplitz_figures(report)
     if MIXTURE in measured:
         found += _memory_figures(report.ceilings.threads)
     extra = None
@@ -238,6 +241,53 @@ def _doubling_figures(report) -> list[Figure]:
                     )
                 )
     return figures
+
+
+def _toeplitz_figures(report) -> list[Figure]:
+    """Float32. Memory is of the forward pass, results included; that of the torch.fft formula is of one head at a time."""
+    rows = {(r.case, r.direction): r for r in report.rows if r.family == TOEPLITZ and r.dtype == torch.float32}
+
+    def of(case, name, field="ms", direction=FORWARD) -> float | None:
+        row = rows.get((case, direction))
+        result = row.results.get(name) if row else None
+        return getattr(result, field) if result and result.ms else None
+
+    def over(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    found, timed = [], []
+    for case in (case for case in families()[TOEPLITZ].cases if case.asked):
+        n, ours = case.tokens, of(case, OURS)
+        if case.operator == toeplitz.URPE:
+            found.append(
+                Figure(f"URPE forward, N={n}: time over unmasked SDPA", 0.9, over(ours, of(case, UNMASKED)), True)
+            )
+            continue
+        clipped = " clipped" * (case.operator == toeplitz.CLIPPED)
+        names = (toeplitz.DIRECT, toeplitz.FFT, toeplitz.STRUCTURED)
+        best = min((of(case, name) for name in names if of(case, name)), default=None)
+        found.append(
+            Figure(f"kernelized{clipped} forward, N={n}: time over the best method's", 1.1, over(ours, best), True)
+        )
+        if clipped:
+            continue
+        timed.append((n, ours))
+        ratio = over(of(case, toeplitz.FORMULA), ours)
+        found.append(Figure(f"kernelized forward, N={n}: faster than torch.fft by", 4.0, ratio, False))
+        peak = of(case, toeplitz.FORMULA, "memory")
+        for name in (OURS, toeplitz.FFT):
+            share = over(of(case, name, "memory"), peak)
+            found.append(Figure(f"kernelized forward, N={n}, {name}: memory over torch.fft's", 0.1, share, True))
+        if n >= 16384:
+            for peer, bound in ((toeplitz.BIASED, 10.0), (UNMASKED, 2.0)):
+                ratio = over(of(case, peer), ours)
+                found.append(Figure(f"kernelized forward, N={n}: faster than {peer} by", bound, ratio, False))
+        if not case.forward_only:
+            ratio = over(*(of(case, name, direction=BACKWARD) for name in (toeplitz.FORMULA, OURS)))
+            found.append(Figure(f"kernelized forward+backward, N={n}: faster than torch.fft by", 3.0, ratio, False))
+    growth = over(timed[-1][1], timed[-2][1])
+    what = f"time, kernelized forward, N={timed[-2][0]} -> {timed[-1][0]}: grows"
+    return [*found, Figure(what, 4.6, growth, True)]
 
 
 def _memory_figures(threads: int) -> list[Figure]:

@@ -71,7 +71,7 @@ class Case:
     """One shape of one operator.
 
     ``asked`` marks a shape whose figures the project promises, ``quick`` one that ``--quick`` measures forward and
-    ``trained`` one that it also measures backward.
+    ``trained`` one that it also measures backward; of ``forward_only`` nothing measures it.
     """
 
     operator: str
@@ -88,6 +88,7 @@ class Case:
     asked: bool = False
     quick: bool = False
     trained: bool = False
+    forward_only: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

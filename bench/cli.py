@@ -91,7 +91,7 @@ def _plan(chosen: list[Family], options) -> Iterator[tuple[Family, Case, torch.d
             for direction in wanted:
                 for dtype in options.dtype or (family.asked.dtypes if options.asked else ("float32", "bfloat16")):
                     for case in cases:
-                        if case.operator != operator:
+                        if case.operator != operator or (case.forward_only and direction == BACKWARD):
                             continue
                         # Unless told otherwise, the quick set trains few shapes.
                         few = options.quick and not options.asked and not options.direction

@@ -68,6 +68,21 @@ def retention(device: str) -> Iterator[Tensor]:
                 yield effattn.retention_step(*token, decay.detach(), one, inplace=inplace, backend="cuda")[0]
 
 
+def toeplitz(device: str) -> Iterator[Tensor]:
+    for dtype in DTYPES:
+        for tokens, grid, head_dim in ((77, None, 24), (6 * 11, (6, 11), 33)):
+            sizes = [2 * extent - 1 for extent in grid or (tokens,)]
+            bias = (0.3 * torch.randn(2, *sizes, device=device)).requires_grad_()
+            projection = effattn.random_features(5, head_dim).to(device).requires_grad_()
+            q, k, v = (torch.randn(2, 2, tokens, head_dim, device=device).to(dtype).requires_grad_() for _ in range(3))
+            padding = torch.arange(tokens, device=device)[None].expand(2, -1) > tokens - 4
+            where = {"grid": grid, "method": "fft", "backend": "cuda"}
+            for options in ({}, {"key_padding_mask": padding}, {"feature_map": "trigonometric", "eps": 1e-3}):
+                yield effattn.kernelized_rpe_attention(q, k, v, bias, projection, **where, **options)
+            features = [x.exp() for x in (q, k)]
+            yield effattn.toeplitz_linear_attention(*features, v, bias, is_causal=True, **where)
+
+
 def main() -> int:
     if not _native.cuda_loaded:
         print(f"no CUDA kernels: {_native.cuda_problem}")
@@ -79,6 +94,7 @@ def main() -> int:
         packed_bits(device),
         shift_add_attention(device),
         retention(device),
+        toeplitz(device),
     ):
         for result in results:
             if result.requires_grad:

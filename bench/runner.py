@@ -21,6 +21,7 @@ from .cases import BACKWARD, FORWARD, OURS, Case, Contender, Family, Inputs, byt
 
 SHORTEST_SAMPLE = 2e-3  # seconds; quicker calls are repeated within one sample
 LONG_CALL = 0.2  # seconds; longer calls need no further warm-up
+LONGEST_CALL = 20.0  # seconds; the first of longer calls, in which peak memory is taken, is their only sample
 # Largest error against the float64 specification, as a share of its largest element, of a contender that computes the
 # case. bfloat16 is wide because the formula itself is that inexact in it: scores up to 50 are rounded to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
@@ -195,16 +196,17 @@ def _admit(contender, case, inputs, direction, dtype, expected, device):
 
 def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str, list[float]]:
     clock = _Clock(device)
-    plan = {}
+    plan, samples = {}, {name: [seconds] if seconds > LONGEST_CALL else [] for name, (_, seconds) in calls.items()}
     for name, (call, seconds) in calls.items():
+        if samples[name]:
+            continue
         if seconds < LONG_CALL:  # its one call so far was as much a warm-up as a measurement
             call()
             seconds = min(clock.sample(call, 1) for _ in range(2))
         count = max(1, math.ceil(SHORTEST_SAMPLE / seconds)) if device == "cpu" else 1
         share = effort.seconds / len(calls) / (seconds * count)
         plan[name] = count, max(effort.fewest, min(effort.rounds, int(share)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    names = list(plan)
     if not names:
         return samples
     gc.collect()

@@ -8,7 +8,9 @@ from ._version import __version__
 from .masks import (
     CrossShapedWindow,
     GaussianMixtureMask,
+    KernelizedRPE,
     ManhattanDecay,
+    RelativePositionBias,
     RetentionDecay,
     ShiftAdd,
     StructuredMask,
@@ -43,8 +45,10 @@ from .packed import PackedShiftWeight, quantize_power_of_two
 __all__ = [
     "CrossShapedWindow",
     "GaussianMixtureMask",
+    "KernelizedRPE",
     "ManhattanDecay",
     "PackedShiftWeight",
+    "RelativePositionBias",
     "RetentionDecay",
     "ShiftAdd",
     "StructuredMask",

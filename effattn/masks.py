@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from ._structured_mask import StructuredMask
+from ._toeplitz_masks import KernelizedRPE, RelativePositionBias
 from .reference import mixture_mask, window_mask
 from .reference.cross_shaped_window import stripe_window
 from .reference.retention import decay_logits, manhattan_distance
 
-
-class StructuredMask:
-    """A mask given by its structure instead of a dense tensor. torch hands SDPA calls that carry one to us.
-
-    A subclass implements ``attend`` (the operator on its structure) and ``dense`` (what it means).
-    """
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return ops.scaled_dot_product_attention(*args, **(kwargs or {}))
-        return NotImplemented
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, scale, backend: str) -> Tensor:
-        raise NotImplementedError
-
-    def dense(self) -> Tensor:
-        raise NotImplementedError
+__all__ = [
+    "CrossShapedWindow",
+    "GaussianMixtureMask",
+    "KernelizedRPE",
+    "ManhattanDecay",
+    "RelativePositionBias",
+    "RetentionDecay",
+    "ShiftAdd",
+    "StructuredMask",
+    "Window",
+]
 
 
 class GaussianMixtureMask(StructuredMask):

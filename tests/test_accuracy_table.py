@@ -50,8 +50,11 @@ def test_table_covers_every_operator_and_every_gradient():
         "retention": {"log_decay", "initial_state"},
         "retention_step": {"log_decay", "state"},
         "manhattan_attention": {"log_decay", "lce_weight", "lce_bias"},
+        "kernelized_rpe_attention": {"rpe_bias", "projection"},
+        "urpe_attention": {"coefficient", "rpe_bias"},
     }.items():
         assert tensors[op] == {"query", "key", "value", *expected}
+    assert tensors["toeplitz_linear_attention"] == {"query_features", "key_features", "value", "rpe_bias"}
 
 
 def _entry(error, low=1.0, largest=1.0):

@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
-from effattn.bench import accuracy, asked, ceilings, cli, cswin, memory, photographs, report, runner
+from effattn.bench import accuracy, asked, ceilings, cli, cswin, memory, photographs, report, runner, toeplitz_peers
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
+
+from effattn import reference
 
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")
@@ -95,6 +97,46 @@ def test_growth_of_retention_is_that_from_one_length_to_its_double(monkeypatch):
     assert measured["time, retention forward, N=4096 -> 8192: grows"] == (2.0, True)
     assert measured["extra memory, retention forward, N=16384 -> 32768: grows"] == (4.0, False)
     assert measured["time, retention forward+backward, N=4096 -> 8192: grows"] == (None, None)
+
+
+def test_kernelized_attention_is_held_to_its_best_method_and_to_its_growth():
+    family = families()["toeplitz"]
+    cases = [c for c in family.cases if c.asked and c.operator.endswith(("kernelized_rpe", "long"))]
+    assert [c.tokens for c in cases] == [512, 1024, 4096, 16384, 65536]
+    rows = []
+    for case in cases:
+        ms = {OURS: case.tokens, "ours direct": case.tokens / 1.25, "ours fft": 2 * case.tokens, "torch.fft": 1e6}
+        results = {
+            name: runner.Result(ms=value, memory=1 if name == OURS else 20 if name == "torch.fft" else 3)
+            for name, value in ms.items()
+        }
+        rows.append(runner.Row("toeplitz", case, torch.float32, FORWARD, 1.0, 1.0, results))
+    measured = {f.what: (f.measured, f.met) for f in asked._toeplitz_figures(_report_of(rows))}
+    assert measured["kernelized forward, N=512: time over the best method's"] == (1.25, False)
+    assert measured["kernelized forward, N=65536: faster than torch.fft by"] == (1e6 / 65536, True)
+    assert measured["kernelized forward, N=4096, effattn: memory over torch.fft's"] == (0.05, True)
+    assert measured["kernelized forward, N=4096, ours fft: memory over torch.fft's"] == (0.15, False)
+    assert measured["time, kernelized forward, N=16384 -> 65536: grows"] == (4.0, True)
+    assert measured["kernelized forward+backward, N=512: faster than torch.fft by"] == (None, None)
+
+
+def test_long_sequences_are_compared_with_the_same_function():
+    """Where the specification's matrix does not fit, a transform in float64 stands for it."""
+    family = families()["toeplitz"]
+    case = next(c for c in family.cases if c.operator == "kernelized_rpe" and c.tokens == 512)
+    inputs = family.operators[case.operator].inputs(case, torch.float32, "cpu").double()
+    one = [tensor[:, :1] for tensor in inputs[:3]]
+    rest = inputs.parameters["rpe_bias"][:1], inputs.parameters["projection"]
+    got = toeplitz_peers.fft_reference(*one, *rest)
+    torch.testing.assert_close(got, reference.kernelized_rpe_attention(*one, *rest), rtol=1e-11, atol=1e-12)
+
+
+def test_a_call_that_takes_very_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(runner, "LONGEST_CALL", 0.5)
+    calls = {"quick": (lambda: None, 0.0), "endless": (lambda: pytest.fail("called again"), 0.6)}
+    samples = runner._interleave(calls, runner.Effort(0.1, 10, 2), "cpu", lambda step: None)
+    assert samples["endless"] == [0.6]
+    assert len(samples["quick"]) == 10
 
 
 def test_medians_and_quartiles():

@@ -7,17 +7,20 @@ from .mixture_of_primitives import MixtureOfPrimitives, balance_loss, measure_ex
 from .retention import MultiScaleRetention, VisionRetention
 from .shift_add import ShiftAddAttention
 from .shift_linear import FrozenShiftLinear, ShiftLinear
+from .toeplitz import KernelizedRPEAttention, URPEAttention
 
 __all__ = [
     "CrossShapedWindowAttention",
     "FrozenShiftLinear",
     "GaussianMixtureAttention",
+    "KernelizedRPEAttention",
     "ManhattanAttention",
     "MixtureOfPrimitives",
     "MultiScaleRetention",
     "OverlappingCrossAttention",
     "ShiftAddAttention",
     "ShiftLinear",
+    "URPEAttention",
     "VisionRetention",
     "WindowAttention",
     "balance_loss",
