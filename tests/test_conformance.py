@@ -187,7 +187,8 @@ def test_output_is_laid_out_like_query(case, backend, dtype):
     require(case.op, backend)
     shape, device = small(backend), device_of(backend)
     tensors = case.tensors(shape, dtype, device=device)
-    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("query", "value"):  # which of them decides is the operator's: here both say the same
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
     got = run(case, tensors, case.options(shape), backend, case.grad_output(shape, dtype, device=device))
     if backend != "reference":
         assert got.output.stride() == tensors["query"].stride()

@@ -158,6 +158,22 @@ def test_causal_ignores_the_future(backend, method):
 
 
 @EVERY_METHOD
+def test_bias_of_a_future_that_no_token_sees_does_not_matter(backend, method):
+    """However large: the maximum that weights are relative to is that of the past."""
+    require(OP, backend)
+    tensors = alibi(draw(backend, **sized(backend)))
+    future = {**tensors, "rpe_bias": tensors["rpe_bias"].clone()}
+    future["rpe_bias"][:, tensors["value"].shape[2] :] += 200.0
+    grad = torch.randn_like(tensors["value"])
+    options = {"method": method, "is_causal": True}
+    got, wanted = (run(Call(), t, options, backend, grad) for t in (future, tensors))
+    if backend == "reference":
+        pytest.skip("takes the maximum as it is written")
+    torch.testing.assert_close(got.output, wanted.output, rtol=1e-5, atol=1e-6)
+    assert (got.gradients["rpe_bias"][:, tensors["value"].shape[2] :] == 0).all()
+
+
+@EVERY_METHOD
 def test_first_causal_token_sees_itself_alone(backend, method):
     require(OP, backend)
     tensors = alibi(draw(backend, **sized(backend)))

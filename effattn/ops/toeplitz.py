@@ -177,7 +177,7 @@ def kernelized_rpe_attention(
     query, key, value = _checks.autocast(query, key, value)
     identity = feature_map == "identity"
     count = query.shape[3] if identity else projection.shape[-2] * (2 if feature_map == "trigonometric" else 1)
-    entries = relative_entries(rpe_bias, query.shape[1], eps)
+    entries = relative_entries(rpe_bias, query.shape[1], eps, is_causal)
     features_like = query if identity else query[..., :1].expand(*query.shape[:3], count)
     backend, method = _choose(op, backend, features_like, value, entries, size, is_causal, method)
     if backend == "reference":
@@ -258,7 +258,7 @@ def toeplitz_linear_attention(
     _check_features(op, query_features, key_features, value)
     size = _check_common(op, query_features, rpe_bias, grid, is_causal, key_padding_mask, method, eps)
     query, key, value = _checks.autocast(query_features, key_features, value)
-    entries = relative_entries(rpe_bias, query.shape[1], eps)
+    entries = relative_entries(rpe_bias, query.shape[1], eps, is_causal)
     backend, method = _choose(op, backend, query, value, entries, size, is_causal, method)
     if backend == "reference":
         return reference.toeplitz_linear_attention(query, key, value, rpe_bias, grid, is_causal, key_padding_mask, eps)

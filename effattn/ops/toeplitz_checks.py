@@ -35,14 +35,20 @@ def kernel_entries(entries: Tensor, heads: int) -> Tensor:
     return entries.float().flatten(1).expand(heads, -1).contiguous()
 
 
-def relative_entries(bias: Tensor, heads: int, eps: float) -> Tensor:
+def relative_entries(bias: Tensor, heads: int, eps: float, is_causal: bool) -> Tensor:
     """``kernel_entries`` of a bias that kernels take relative to its maximum, as if that were a constant.
 
-    It cancels where eps is 0. Otherwise it counts, and is subtracted here, where autograd sees it.
+    It cancels where eps is 0, so that it may leave out what no query sees. Otherwise it counts, and is subtracted here,
+    where autograd sees it.
     """
     entries = kernel_entries(bias, heads)
-    if eps == 0 or not entries.shape[1]:
+    if not entries.shape[1]:
         return entries
+    if eps == 0:
+        if not is_causal:
+            return entries
+        future = torch.arange(entries.shape[1], device=entries.device) > entries.shape[1] // 2
+        return entries.masked_fill(future, float("-inf"))
     highest = entries.amax(1, keepdim=True)
     return entries - torch.where(highest == float("-inf"), 0.0, highest)
 
