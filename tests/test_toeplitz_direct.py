@@ -23,7 +23,7 @@ KINDS = {
     "grid": {"grid": True},
     "causal grid": {"is_causal": True, "grid": True},
 }
-SIDES = {1: (1, 1), 37: (37, 1), 60: (4, 15), 196: (14, 14), 306: (9, 34), 572: (26, 22)}
+SIDES = {37: (37, 1), 60: (4, 15), 306: (9, 34), 572: (26, 22)}
 
 
 class Call:
@@ -102,7 +102,7 @@ def test_blocks_of_every_length_meet(tokens):
 
 
 @pytest.mark.parametrize(
-    "grid", [(1, 40), (40, 1), (2, 130), (130, 2), (7, 3), (5, 16), (3, 17), (4, 33), (1, 1)], ids=str
+    "grid", [(1, 40), (40, 1), (2, 130), (130, 2), (7, 3), (14, 14), (5, 16), (3, 17), (4, 33), (1, 1)], ids=str
 )
 def test_grids_of_every_shape(grid):
     def sample(seed):
@@ -174,13 +174,15 @@ def test_rows_without_weight_give_zero_and_no_gradient(eps, dtype):
     tensors["query"][0, 0, 7] = 0
     tensors["rpe_bias"][1] = -math.inf
     got = results(tensors, eps=eps)
-    assert not got.output[0, 0, 7].any() and not got.output[0, 1].any()
+    assert not got.output[0, 0, 7].any()
+    assert not got.output[0, 1].any()
     assert got.output[0, 0, 6].all()
     for gradient in got.gradients.values():
         assert gradient.isfinite().all()
     for name in ("query", "key", "value"):
         assert not got.gradients[name][0, 1].any()
-    assert not got.gradients["rpe_bias"][1].any() and got.gradients["rpe_bias"][0].all()
+    assert not got.gradients["rpe_bias"][1].any()
+    assert got.gradients["rpe_bias"][0].all()
     if eps == 0:
         assert not got.gradients["query"][0, 0, 7].any()
     check(
