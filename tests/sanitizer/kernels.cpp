@@ -416,6 +416,7 @@ void everything(DType dtype) {
 #include "packed_kernels.h"
 #include "retention_kernels.h"
 #include "toeplitz_kernels.h"
+#include "toeplitz_structured_kernels.h"
 
 int main() {
   packed_kernels();
@@ -429,6 +430,8 @@ int main() {
   retention_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) toeplitz_kernels(DType::kFloat32);
   toeplitz_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) toeplitz_structured_kernels(DType::kFloat32);
+  toeplitz_structured_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
