@@ -74,6 +74,13 @@ def cases():
                 for dtype, sizes in (("bfloat16", (64, 100, 128)), ("float32", (64, 100)))
                 for size in sizes
             ]
+            + [
+                (operation, family, dtype, head_dim, None)
+                for operation in triton_compiler.URPE
+                for family in CUDA
+                for dtype in ("bfloat16", "float32")
+                for head_dim in (16, 64, 80, 128, 160, 256)
+            ]
         )
     chosen = [
         (operation, family, "bfloat16", head_dim, _largest_with_its_configuration(family, "half", lean, head_dim))
@@ -126,6 +133,10 @@ def cases():
         ("retention", "sm_90", "bfloat16", 128, ("scan_dv", "scan_dq")),
         ("retention", "sm_120", "float32", 64, ("scan_dq",)),
         ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
+        ("urpe_grid_causal", "sm_90", "bfloat16", 64, ("forward", "parameter_gradient", "reduce_relative")),
+        ("urpe_causal", "sm_80", "bfloat16", 128, ("key_value_gradient",)),
+        ("urpe_grid", "sm_100", "bfloat16", 64, ("query_gradient",)),
+        ("urpe_coefficient", "sm_120", "float16", 64, ("parameter_gradient",)),
     ]
     return chosen
 

@@ -57,9 +57,9 @@ def run(tensors, grad_output, **options):
 @pytest.mark.parametrize(
     ("size", "sizes", "options"),
     [
-        (75, {"heads": 1}, {}),  # several tiles, the last one ragged
-        (75, {"heads": 1}, {"is_causal": True}),
-        (37, {"dtype": torch.bfloat16, "batch": 2, "head_dim": 80}, {"is_causal": True, "scale": 0.2}),
+        (67, {"heads": 1}, {}),  # several tiles, the last one ragged
+        (67, {"heads": 1}, {"is_causal": True}),
+        (37, {"dtype": torch.bfloat16, "heads": 1, "head_dim": 80}, {"is_causal": True, "scale": 0.2}),
         ((5, 7), {"dtype": torch.float16, "batch": 2}, {}),
         ((5, 13), {"heads": 1}, {"is_causal": True}),  # patches of two rows and more, evened out
         ((3, 37), {"heads": 1, "dtype": torch.bfloat16}, {"is_causal": True}),  # rows of two patches
@@ -132,8 +132,8 @@ def test_a_bias_of_nothing_but_minus_infinity_gives_zeros():
 
 
 def test_splits_of_the_sums_agree_and_runs_are_bitwise_equal(monkeypatch):
-    grid = (4, 12)
-    tensors, grad_output = draw(grid, batch=6, heads=1)
+    grid = (2, 17)
+    tensors, grad_output = draw(grid, batch=4, heads=1)
     results = []
     for target in (1, 4096, 4096):
         monkeypatch.setattr(patches, "TARGET_PROGRAMS", target)
@@ -157,7 +157,7 @@ def test_an_absent_table_has_an_empty_gradient():
 
 @pytest.mark.parametrize("layout", ["packed", "sliced", "expanded_everywhere"])
 def test_strides_do_not_matter_and_neighbours_are_not_touched(layout):
-    grid = (3, 11)
+    grid = (2, 5)
     tensors, grad_output = draw(grid, dtype=torch.bfloat16, batch=2)
     rows = [*(tensors[name] for name in ("query", "key", "value")), grad_output]
     results = []
