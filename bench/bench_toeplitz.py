@@ -16,7 +16,7 @@ from effattn.bench.toeplitz_peers import FEATURES
 import effattn
 
 KERNELIZED, LONG, QUICK = "kernelized_rpe", "kernelized_rpe long", "kernelized_rpe quick"
-CLIPPED, URPE = "kernelized_rpe clipped", "urpe"
+CLIPPED, GRID, URPE = "kernelized_rpe clipped", "kernelized_rpe grid", "urpe"
 DIRECT, FFT, STRUCTURED = "ours direct", "ours fft", "ours structured"
 FORMULA, BIASED, EAGER = "torch.fft", "sdpa + bias", "eager"
 DEVIATION = 0.5  # of the bias: a range of about 4 nats
@@ -25,7 +25,7 @@ LONGEST_EXACT = 4096  # tokens up to which the specification itself is computed
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     generator = torch.Generator().manual_seed(1)
-    entries = (case.heads, 2 * case.tokens - 1)
+    entries = (case.heads, *(2 * extent - 1 for extent in case.grid or (case.tokens,)))
     bias = DEVIATION * torch.randn(entries, generator=generator)
     if case.operator == CLIPPED:  # constant beyond a distance, as a clipped relative position embedding
         reach = _reach(case)
@@ -50,12 +50,14 @@ def _reference(case: Case, inputs: Inputs, head: int) -> torch.Tensor:
         return effattn.reference.urpe_attention(*tensors, inputs.parameters["coefficient"][one], bias)
     if case.tokens > LONGEST_EXACT:
         return peers.fft_reference(*tensors, bias, inputs.parameters["projection"])
-    return effattn.reference.kernelized_rpe_attention(*tensors, bias, inputs.parameters["projection"])
+    projection = inputs.parameters["projection"]
+    return effattn.reference.kernelized_rpe_attention(*tensors, bias, projection, grid=case.grid or None)
 
 
 def _kernelized(method: str):
     def prepare(case: Case, inputs: Inputs, training: bool) -> Call:
-        return lambda: effattn.kernelized_rpe_attention(*inputs[:3], **inputs.parameters, method=method)
+        options = {**inputs.parameters, "method": method, "grid": case.grid or None}
+        return lambda: effattn.kernelized_rpe_attention(*inputs[:3], **options)
 
     return prepare
 
@@ -107,6 +109,7 @@ FAMILY = Family(
         KERNELIZED: _kernelized_operator(*METHODS, *PEERS, *DENSE_PEERS),
         LONG: _kernelized_operator(*METHODS, *PEERS),
         CLIPPED: _kernelized_operator(*WITH_STRUCTURED, PEERS[0]),
+        GRID: _kernelized_operator(*METHODS, *DENSE_PEERS[:2], unmasked_sdpa),
         URPE: Operator(_inputs, _reference, URPE_CONTENDERS),
         QUICK: _kernelized_operator(METHODS[0], PEERS[0], unmasked_sdpa),
     },
@@ -115,6 +118,8 @@ FAMILY = Family(
         Case(LONG, 1, 8, 16384, 64, asked=True),
         Case(LONG, 1, 8, 65536, 64, asked=True, forward_only=True),
         *(Case(CLIPPED, 1, 8, length, 64, asked=True, forward_only=True) for length in (4096, 16384)),
+        Case(GRID, 8, 12, 196, 64, "DeiT-B at 224", (14, 14)),
+        Case(GRID, 1, 12, 1024, 64, "", (32, 32)),
         *(Case(URPE, 1, 8, length, 64, asked=True) for length in (1024, 4096)),
         Case(QUICK, 1, 2, 4096, 64, quick=True),
     ),

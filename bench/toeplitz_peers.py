@@ -107,7 +107,8 @@ def eager(how: Same = uncompiled) -> Callable[[Case, Inputs, bool], Call]:
 
     def prepare(case: Case, inputs: Inputs, training: bool) -> Call:
         def weights(bias: Tensor) -> Tensor:
-            return toeplitz_matrix(relative_weights(bias)).to(inputs.query.dtype)
+            weights = relative_weights(bias.flatten(1)).view(bias.shape)
+            return toeplitz_matrix(weights, case.grid or None).to(inputs.query.dtype)
 
         matrix = _derived(inputs, "rpe_bias", training, weights)
 

@@ -400,7 +400,7 @@ def test_a_task_of_relative_positions_is_learned(kind, backend):
         right = (logits.argmax(-1) == wanted).float().mean().item()
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()), right
 
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         loss_and_accuracy()[0].backward()
         optimizer.step()
