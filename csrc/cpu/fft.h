@@ -2,8 +2,8 @@
 //
 //   X_f = sum_j x_j e^(-2 pi i j f / L),   L = W R_1 ... R_k even, x_j = 0 from L / 2 on
 //
-// and back, for j < L / 2, without the 1 / L. W is the number of lanes of a register, R_1 ... R_k the radices 2, 3, 4, 5
-// and 8. Spectra stay in the order in which the transform leaves them, which a product of spectra does not mind.
+// and back, for j < L / 2, without the 1 / L. W is the number of lanes of a register, R_1 ... R_k the radices 2, 3, 4,
+// 5 and 8. Spectra stay in the order in which the transform leaves them, which a product of spectra does not mind.
 //
 // One step divides the residue of x modulo z^m - e^(-2 pi i t) into residues modulo the R factors of that polynomial,
 // z^(m / R) - e^(-2 pi i (t + s) / R): a_s times e^(-2 pi i s t / R), then a DFT over the R parts of the residue. The
@@ -17,8 +17,8 @@
 //
 //   leave    the inverse of enter: only the first half is computed
 //
-// Numbers: [row of L / W][W real parts, W imaginary parts], 2 L numbers; as many for twiddle factors, which are computed
-// in double. 5 L log2 L FLOPs a transform; the numbers pass through the second cache once each way.
+// Numbers: [row of L / W][W real parts, W imaginary parts], 2 L numbers; as many for twiddle factors, which are
+// computed in double. 5 L log2 L FLOPs a transform; the numbers pass through the second cache once each way.
 #pragma once
 
 #include "scratch.h"
@@ -82,8 +82,7 @@ EFFATTN_INLINE void transpose(VectorOf<T> (&a)[kLanesOf<T>]) {
   constexpr int kCount = kLanesOf<T>;
   EFFATTN_UNROLL for (int round = 1; round < kCount; round *= 2) {
     VectorOf<T> b[kCount];
-    EFFATTN_UNROLL for (int i = 0; i < kCount / 2; ++i)
-        interleave<T>(a[i], a[i + kCount / 2], b[2 * i], b[2 * i + 1]);
+    EFFATTN_UNROLL for (int i = 0; i < kCount / 2; ++i) interleave<T>(a[i], a[i + kCount / 2], b[2 * i], b[2 * i + 1]);
     EFFATTN_UNROLL for (int i = 0; i < kCount; ++i) a[i] = b[i];
   }
 }
@@ -94,9 +93,7 @@ struct Complex {
 
   EFFATTN_INLINE Complex operator+(const Complex& b) const { return {re + b.re, im + b.im}; }
   EFFATTN_INLINE Complex operator-(const Complex& b) const { return {re - b.re, im - b.im}; }
-  EFFATTN_INLINE Complex operator*(const Complex& b) const {
-    return {re * b.re - im * b.im, re * b.im + im * b.re};
-  }
+  EFFATTN_INLINE Complex operator*(const Complex& b) const { return {re * b.re - im * b.im, re * b.im + im * b.re}; }
   EFFATTN_INLINE Complex operator*(T b) const { return {re * b, im * b}; }
   EFFATTN_INLINE Complex conj() const { return {re, -im}; }
   EFFATTN_INLINE Complex by_minus_i() const { return {im, -re}; }
@@ -200,8 +197,8 @@ struct Radices {
       for (; rest % odd == 0; rest /= odd) radix[count++] = odd;
     int twos = 0;
     for (; rest > 1; rest /= 2) ++twos;
-    const int eights = twos % 2 == 1 && twos >= 3 ? 1 : 0;
-    for (int i = 0; i < (twos - 3 * eights) / 2; ++i) radix[count++] = 4;
+    const int eights = twos % 2 == 1 && twos >= 3 ? 1 : 0, fours = (twos - 3 * eights) / 2;
+    for (int i = 0; i < fours; ++i) radix[count++] = 4;
     for (int i = 0; i < eights; ++i) radix[count++] = 8;
     if (twos == 1) radix[count++] = 2;
   }

@@ -49,9 +49,7 @@ class Forward {
   static constexpr int64_t kChannels = 16, kFeatures = 16;
   static constexpr int64_t kFewestUnits = 32;  // of a problem large enough
 
-  const T* spectrum_of(int64_t pair) const {
-    return spectra_ + pair % sizes_.heads * transform_.spectrum_size();
-  }
+  const T* spectrum_of(int64_t pair) const { return spectra_ + pair % sizes_.heads * transform_.spectrum_size(); }
 
   void normalizers(int64_t pair) {
     const int64_t pitch = sizes_.pitch;
@@ -72,11 +70,9 @@ class Forward {
       }
       for (int64_t m = 0; m < features; m += 2) {
         const T *k0 = key + m * pitch, *k1 = k0 + pitch, *q0 = query + m * pitch, *q1 = q0 + pitch;
-        convolution.run(
-            [=](int64_t j) __attribute__((always_inline)) { return Complex<T>{at(k0 + j), at(k1 + j)}; },
-            [=](int64_t j, VectorOf<T> re, VectorOf<T> im) __attribute__((always_inline)) {
-              put(sums + j, at(sums + j) + at(q0 + j) * re + at(q1 + j) * im);
-            });
+        convolution.run([=](int64_t j) __attribute__((always_inline)) { return Complex<T>{at(k0 + j), at(k1 + j)}; },
+            [=](int64_t j, VectorOf<T> re, VectorOf<T> im)
+                __attribute__((always_inline)) { put(sums + j, at(sums + j) + at(q0 + j) * re + at(q1 + j) * im); });
       }
       for (int64_t m = 0; m < features; ++m) {
         const T norm = norm_of(key + m * pitch);
@@ -98,9 +94,10 @@ class Forward {
   }
 
   T norm_of(const T* column) const {
+    VectorOf<T> squares = {};
+    for (int64_t j = 0; j < sizes_.positions; j += kLanesOf<T>) squares += at(column + j) * at(column + j);
     double square = 0.0;
-    for (int64_t j = 0; j < sizes_.positions; ++j)
-      square += static_cast<double>(column[j]) * static_cast<double>(column[j]);
+    for (int lane = 0; lane < kLanesOf<T>; ++lane) square += static_cast<double>(squares[lane]);
     return static_cast<T>(sqrt(square));
   }
 

@@ -32,16 +32,20 @@ class Convolution {
   // sink gets C x of x from source.
   template <class Source, class Sink>
   void run(const Source& source, const Sink& sink) const {
-    const T* spectrum = spectrum_;
     T* const arrays[1] = {array_};
     transform_.enter(array_, source);
-    transform_.template middle<true>(arrays, [=](int64_t row, Complex<T>(&x)[1]) __attribute__((always_inline)) {
-      x[0] = x[0] * fft::load_complex(spectrum + row * Transform<T>::kRow);
-    });
+    transform_.template middle<true>(arrays, Product{spectrum_});
     transform_.leave(array_, sink);
   }
 
  private:
+  struct Product {
+    const T* spectrum;
+    EFFATTN_INLINE void operator()(int64_t row, Complex<T> (&x)[1]) const {
+      x[0] = x[0] * fft::load_complex(spectrum + row * Transform<T>::kRow);
+    }
+  };
+
   const Transform<T>& transform_;
   const T* spectrum_;
   T* array_;
@@ -56,8 +60,8 @@ class TwoConvolutions {
       : transform_(transform),
         spectrum_(spectrum),
         correlation_(correlation),
-        arrays_{s.array.template reserve<T>(transform.array_size()),
-            s.other.template reserve<T>(transform.array_size())} {
+        arrays_{
+            s.array.template reserve<T>(transform.array_size()), s.other.template reserve<T>(transform.array_size())} {
     for (T* array : arrays_) transform.clear_tail(array);
   }
 
@@ -90,8 +94,8 @@ template <class T>
 void make_spectra(const Runtime& runtime, const Toeplitz& arguments, const Sizes& sizes, const Transform<T>& transform,
     T* spectra, double* norms) {
   const Exact exact(sizes);
-  in_parallel(runtime, sizes.heads, 60.0 * static_cast<double>(sizes.heads * sizes.length),
-      [&](int64_t begin, int64_t end) {
+  in_parallel(
+      runtime, sizes.heads, 60.0 * static_cast<double>(sizes.heads * sizes.length), [&](int64_t begin, int64_t end) {
         Buffer buffer;
         for (int64_t head = begin; head < end; ++head) {
           const Weights weights(arguments, sizes, head, buffer);

@@ -1,13 +1,13 @@
-// Gradients of the FFT method. g = dO, u_m = q_m / n, delta_i = g_i . o_i; channel D stands for the normalizer: v_D = 1,
-// g_D = -delta. With x = k_m v_d and z = u_m g_d, d = 0 ... D,
+// Gradients of the FFT method. g = dO, u_m = q_m / n, delta_i = g_i . o_i; channel D stands for the normalizer: v_D =
+// 1, g_D = -delta. With x = k_m v_d and z = u_m g_d, d = 0 ... D,
 //
 //   dq_im = sum_d g_id (C x)_i / n_i     dk_jm = sum_d v_jd (C^T z)_j     dv_jd = sum_m k_jm (C^T z)_j
 //   dc_r = sum_md sum_i z_i x_{i+r}      db = c dc
 //
 // in two transforms and two inverses for two channels; dc adds up spectra and has one inverse transform a head.
 //
-// A unit of work is some features of a head, over all channels: dq and dk are its own, dv of several units of a head and
-// dc are partial sums, added in order; units are cut by the problem, not by the threads. A unit holds 3 (D + 2) + 4
+// A unit of work is some features of a head, over all channels: dq and dk are its own, dv of several units of a head
+// and dc are partial sums, added in order; units are cut by the problem, not by the threads. A unit holds 3 (D + 2) + 4
 // kFeatures columns of P numbers and three transforms. Heads are taken in rounds that bound the partial sums.
 #pragma once
 
@@ -138,9 +138,8 @@ class Backward {
                 const VectorOf<T> weight = at(u + j);
                 return Complex<T>{weight * at(g0 + j), weight * at(g1 + j)};
               },
-              [=](int64_t j, VectorOf<T> re, VectorOf<T> im) __attribute__((always_inline)) {
-                put(dq + j, at(dq + j) + re * at(g0 + j) + im * at(g1 + j));
-              },
+              [=](int64_t j, VectorOf<T> re, VectorOf<T> im)
+                  __attribute__((always_inline)) { put(dq + j, at(dq + j) + re * at(g0 + j) + im * at(g1 + j)); },
               [=](int64_t j, VectorOf<T> re, VectorOf<T> im) __attribute__((always_inline)) {
                 const VectorOf<T> weight = at(k + j);
                 put(dk + j, at(dk + j) + re * at(v0 + j) + im * at(v1 + j));
@@ -148,8 +147,7 @@ class Backward {
                 put(dv1 + j, at(dv1 + j) + weight * im);
               });
         }
-      store_columns(
-          columns_of(gradient_.query, pair, first), grad_query, pitch, features, sizes_.place, factor);
+      store_columns(columns_of(gradient_.query, pair, first), grad_query, pitch, features, sizes_.place, factor);
       store_columns(columns_of(gradient_.key, pair, first), grad_key, pitch, features, sizes_.place,
           [](int64_t) { return T(1); });
     }

@@ -1,10 +1,11 @@
-// What the FFT method reads and writes: columns of the user's tensors as rows of numbers over positions, and the weights
-// of a head with their spectrum. Token i stands at position p_i = (i / w)(2 w - 1) + i % w, other positions hold 0.
+// What the FFT method reads and writes: columns of the user's tensors as rows of numbers over positions, and the
+// weights of a head with their spectrum. Token i stands at position p_i = (i / w)(2 w - 1) + i % w, other positions
+// hold 0.
 #pragma once
 
 #include "api.h"
+#include "backward_tiles.h"
 #include "fft.h"
-#include "pack.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace toeplitz_fft {
@@ -17,7 +18,8 @@ using fft::put;
 using fft::Transform;
 using fft::VectorOf;
 
-inline constexpr int64_t kTile = 16;  // tokens and columns that are transposed at a time
+// Tokens and columns that are transposed at a time; rows of numbers are longer than their positions by as much.
+inline constexpr int64_t kTile = 16;
 static_assert(kTile % kLanes == 0);
 
 struct Positions {
@@ -63,22 +65,44 @@ EFFATTN_INLINE Matrix columns_of(const Tensor& tensor, int64_t pair, int64_t fir
   return matrix;
 }
 
+// Columns of a matrix and `tokens` rows of it from `token` on, kTile at most of either.
+EFFATTN_INLINE Matrix tile_of(const Matrix& matrix, int64_t token, int64_t column) {
+  Matrix tile = matrix;
+  tile.data = static_cast<const char*>(matrix.data) + column * matrix.column_stride * element_size(matrix.dtype);
+  tile.first = token;
+  return tile;
+}
+
+EFFATTN_INLINE void transpose_tile(float (&to)[kTile][kTile], const float (&from)[kTile][kTile]) {
+  for (int64_t row = 0; row < kTile; row += kLanes)
+    for (int64_t column = 0; column < kTile; column += kLanes) {
+      Vec lines[kLanes];
+      EFFATTN_UNROLL for (int i = 0; i < kLanes; ++i) lines[i] = load(from[row + i] + column);
+      fft::transpose<float>(lines);
+      EFFATTN_UNROLL for (int i = 0; i < kLanes; ++i) store(to[column + i] + row, lines[i]);
+    }
+}
+
 // to[column][position] = from[token][column] * factor(token); everything else of `count` rows is 0.
 template <class T, class Factor>
 inline void load_columns(T* to, int64_t pitch, const Matrix& from, int64_t count, Positions place, Factor factor) {
-  memset(to, 0, count * pitch * sizeof(T));
+  const int64_t kept = place.grid_h == 1 ? place.grid_w : 0;
+  for (int64_t c = 0; c < count; ++c) memset(to + c * pitch + kept, 0, (pitch - kept) * sizeof(T));
+  alignas(64) float tile[kTile][kTile] = {}, columns[kTile][kTile];
   place.each_run(kTile, [&](int64_t token, int64_t tokens, int64_t position) {
-    alignas(64) float tile[kTile][kTile];
-    Matrix block = from;
+    alignas(64) T times[kTile] = {};
+    for (int64_t r = 0; r < tokens; ++r) times[r] = factor(token + r);
     for (int64_t first = 0; first < count; first += kTile) {
-      const int64_t columns = smaller(kTile, count - first);
-      block.data =
-          static_cast<const char*>(from.data) + first * from.column_stride * element_size(from.dtype);
-      for (int64_t r = 0; r < tokens; ++r) row_to_float(tile[r], block, token + r, columns, kTile);
-      for (int64_t r = 0; r < tokens; ++r) {
-        const T times = factor(token + r);
-        T* column = to + first * pitch + position + r;
-        for (int64_t c = 0; c < columns; ++c) column[c * pitch] = static_cast<T>(tile[r][c]) * times;
+      const int64_t width = smaller(kTile, count - first);
+      rows_to_float(tile[0], kTile, tile_of(from, token, first), tokens, width);
+      transpose_tile(columns, tile);
+      for (int64_t c = 0; c < width; ++c) {
+        T* column = to + (first + c) * pitch + position;
+        if (tokens == kTile) {
+          for (int64_t r = 0; r < kTile; ++r) column[r] = static_cast<T>(columns[c][r]) * times[r];
+        } else {
+          for (int64_t r = 0; r < tokens; ++r) column[r] = static_cast<T>(columns[c][r]) * times[r];
+        }
       }
     }
   });
@@ -93,19 +117,18 @@ inline void load_columns(T* to, int64_t pitch, const Matrix& from, int64_t count
 template <class T, class Factor>
 inline void store_columns(
     const Matrix& to, const T* from, int64_t pitch, int64_t count, Positions place, Factor factor) {
+  alignas(64) float tile[kTile][kTile], columns[kTile][kTile] = {};
   place.each_run(kTile, [&](int64_t token, int64_t tokens, int64_t position) {
-    alignas(64) float tile[kTile][kTile];
-    Matrix block = to;
+    alignas(64) T times[kTile] = {};
+    for (int64_t r = 0; r < tokens; ++r) times[r] = factor(token + r);
     for (int64_t first = 0; first < count; first += kTile) {
-      const int64_t columns = smaller(kTile, count - first);
-      block.data = static_cast<const char*>(to.data) + first * to.column_stride * element_size(to.dtype);
-      block.first = token;
-      for (int64_t r = 0; r < tokens; ++r) {
-        const T times = factor(token + r);
-        const T* column = from + first * pitch + position + r;
-        for (int64_t c = 0; c < columns; ++c) tile[r][c] = static_cast<float>(column[c * pitch] * times);
+      const int64_t width = smaller(kTile, count - first);
+      for (int64_t c = 0; c < width; ++c) {
+        const T* column = from + (first + c) * pitch + position;
+        for (int64_t r = 0; r < kTile; ++r) columns[c][r] = static_cast<float>(column[r] * times[r]);
       }
-      store_rows(block, tokens, tile[0], kTile, broadcast(1.f), columns);
+      transpose_tile(tile, columns);
+      store_rows(tile_of(to, token, first), tokens, tile[0], kTile, broadcast(1.f), width);
     }
   });
 }
@@ -177,8 +200,7 @@ class Exact {
       for (int lane = 0; lane < Transform<T>::kWidth; ++lane) {
         const T* number = from + row * Transform<T>::kRow + lane;
         double re = 0.0, im = 0.0;
-        for (int64_t i = 0; i < count; ++i)
-          re += number[i * stride], im += number[i * stride + Transform<T>::kWidth];
+        for (int64_t i = 0; i < count; ++i) re += number[i * stride], im += number[i * stride + Transform<T>::kWidth];
         double* sum = s.natural + 2 * order.frequency(row, lane);
         sum[0] = re, sum[1] = im;
       }
@@ -197,9 +219,8 @@ class Exact {
       transform_.middle<true>(arrays, [&](int64_t row, Complex<double>(&x)[1]) __attribute__((always_inline)) {
         x[0] = fft::load_complex(s.spectrum + row * kRow);
       });
-      transform_.leave(s.array, [&](int64_t j, VectorOf<double> re, VectorOf<double>) __attribute__((always_inline)) {
-        put(s.line + j, at(s.line + j) + re * scale);
-      });
+      transform_.leave(s.array, [&](int64_t j, VectorOf<double> re, VectorOf<double>)
+                                    __attribute__((always_inline)) { put(s.line + j, at(s.line + j) + re * scale); });
       for (int64_t r = second ? 1 : 0; r < sizes_.positions; ++r)
         if (second)
           result(-r, s.line[sizes_.length / 2 - r]);
