@@ -27,7 +27,14 @@ HEAD_DIMS = (64, 128, 256)  # a smaller head_dim takes the configuration of 64 a
 ENGINE = configurations.KERNELS
 SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_gradient")
 WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
-PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan")
+TOEPLITZ = (*(f"toeplitz_{kernel}" for kernel in ENGINE[:3]), "toeplitz_bias_gradient")
+FEATURES = ("map_features", "head_maxima", "feature_gradient", "direction_gradient")
+PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan", *TOEPLITZ, *FEATURES)
+COLUMNS_FIRST = (
+    "key_value_gradient",
+    "linear_forward",
+    "direction_gradient",
+)  # the second number is the product's rows
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
@@ -80,6 +87,13 @@ def cases():
                 for family in CUDA
                 for dtype in ("bfloat16", "float32")
                 for head_dim in (16, 64, 80, 128, 160, 256)
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in (*triton_compiler.TOEPLITZ, *triton_compiler.FEATURE_MAPS)
+                for family in CUDA
+                for dtype in ("bfloat16", "float16", "float32")
+                for size in (64, 100, 128, 200, 256)
             ]
         )
     chosen = [
@@ -137,6 +151,12 @@ def cases():
         ("urpe_causal", "sm_80", "bfloat16", 128, ("key_value_gradient",)),
         ("urpe_grid", "sm_100", "bfloat16", 64, ("query_gradient",)),
         ("urpe_coefficient", "sm_120", "float16", 64, ("parameter_gradient",)),
+        ("toeplitz", "sm_90", "bfloat16", 64, ("toeplitz_forward", "toeplitz_key_value_gradient")),
+        ("toeplitz_32", "sm_100", "bfloat16", 64, ("toeplitz_query_gradient",)),
+        ("toeplitz_causal", "sm_120", "bfloat16", 100, ("toeplitz_bias_gradient",)),
+        ("toeplitz", "sm_80", "bfloat16", 256, ("toeplitz_forward",)),
+        ("feature_map", "sm_90", "bfloat16", 64, ("map_features", "direction_gradient")),
+        ("feature_map_256", "sm_80", "bfloat16", 256, ("feature_gradient",)),
     ]
     return chosen
 
@@ -176,7 +196,8 @@ def problems(result):
     if result["kernel"] in PRODUCTS and not any(result["matrix"].values()):
         wrong.append("no arithmetic: the compiler gave the kernel up")
     if result["kernel"] in PRODUCTS and result["dtype"] in ("bfloat16", "float16") and family in CUDA:
-        rows = result["config"][result["kernel"].removeprefix("window_") in ("key_value_gradient", "linear_forward")]
+        kernel = result["kernel"].removeprefix("window_").removeprefix("toeplitz_")
+        rows = result["config"][kernel in COLUMNS_FIRST]
         wanted = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(family, "HMMA") if rows >= 64 else "HMMA"
         if result["operation"].endswith("int8") and result["kernel"] == "linear_forward":
             wanted = wanted.replace("H", "I", 1) if family != "sm_100" else "UTCIMMA"

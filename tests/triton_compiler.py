@@ -21,6 +21,7 @@ from effattn.triton_kernels import (
     attention,
     configurations,
     cross_shaped_window,
+    feature_map,
     gaussian_mixture,
     local_enhancement,
     retention,
@@ -102,7 +103,12 @@ URPE = {  # operation -> grid, coefficient, bias, is_causal
     "urpe_coefficient": ((1, 1024), True, False, False),
     "urpe_bias": ((1, 1024), False, True, False),
 }
-OPERATIONS += (*TOEPLITZ, *URPE)
+FEATURE_MAPS = {  # operation -> directions, trigonometric, normalize, shift
+    "feature_map": (64, False, True, 1),
+    "feature_map_256": (256, False, False, 2),
+    "feature_map_trigonometric": (128, True, False, 0),
+}
+OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -206,6 +212,15 @@ def _run_urpe(operation, dtype, head_dim):
     urpe.relative_bwd(grad_output, *tensors, *urpe.relative_fwd(*tensors, *options), *options)
 
 
+def _run_features(operation, dtype, head_dim):
+    """Forward and backward launchers of feature_map, (2, 4, 1024, head_dim), masked."""
+    directions, trigonometric, normalize, shift = FEATURE_MAPS[operation]
+    x, projection = make(2, 4, 1024, head_dim, dtype=dtype), make(4, directions, head_dim, dtype=torch.float32)
+    arguments, options = (x, projection, make(2, 1024, dtype=torch.bool)), (trigonometric, normalize, shift)
+    features = feature_map.feature_map_fwd(*arguments, *options)
+    feature_map.feature_map_bwd(torch.empty_like(features), *arguments, features, *options)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -220,6 +235,8 @@ def _run(operation, dtype, head_dim):
         return _run_toeplitz(operation, dtype, head_dim)
     if operation in URPE:
         return _run_urpe(operation, dtype, head_dim)
+    if operation in FEATURE_MAPS:
+        return _run_features(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

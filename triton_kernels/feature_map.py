@@ -356,7 +356,7 @@ def _forward_configuration(x, directions):
     if table.architecture(x.device) == "interpreted":
         return C(64, features, min(block_d, 32), 4, 1)
     if _is_single(x):
-        return C(32 if features <= 64 else 16, features, 16, 4, 1)
+        return C(32 if features <= 128 else 16, features, 16, 8 if features == 128 else 4, 1)
     return C(64, features, min(block_d, 64 if features <= 64 else 32), 4 if features <= 64 else 8, 2)
 
 

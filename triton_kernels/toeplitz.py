@@ -19,12 +19,11 @@ Causal calls do half of each. Bytes, at e per element: forward (N M + N D) e and
 keys and values of a head mostly come from L2. The tiles are the engine's (configurations.py) for the wider of M and D.
 
 db. The grid falls into patches of at most BLOCK tokens, and pairs of patches at the same distance see the same piece of the table
-(gaussian_mixture.py). One program owns (head, distance, split): it sums (q . k) D over batch and pairs where the tile lies, so that
+(patches.py). One program owns (head, distance, split): it sums (q . k) D over batch and pairs where the tile lies, so that
 its loop reads no table at all, and adds along the diagonals once, at the end: rows of the sum are rotated until a diagonal stands in
 a column. It writes 4 BLOCK numbers, since in each axis a diagonal either stays in the key patch or runs on into the next. That
 recomputes two products, but partial tables from the tiles of dK or dQ would need the diagonals of every tile, and a table for each.
-reduce_diagonals adds at most 4 numbers a split to an entry, in order. Where eps is not 0 the maximum of b does not cancel, and
-its entry (ties in equal shares) receives -sum db.
+reduce_diagonals adds at most 4 numbers a split to an entry, in order.
 
 fp16. c may be far below what fp16 holds in every key of a row, and D far above, so W and c D meet their operand in TF32, which has
 fp16's precision and fp32's range; elsewhere they are rounded to the operand's type.
@@ -37,11 +36,10 @@ import triton
 import triton.language as tl
 
 from . import configurations as table
-from . import engine, tiles
+from . import engine, patches, tiles
 from .attention import causal_keys, causal_queries
 from .cross_shaped_window import unit_of
 from .cross_shaped_window_tiles import head_at, row_pointers, store_rows
-from .gaussian_mixture import TARGET_PROGRAMS, mixture_members, mixture_offset, mixture_place, patch_shape
 from .tiles import every_key, matmul, narrow
 
 LANES = 256
@@ -335,25 +333,29 @@ def toeplitz_bias_gradient(
     extents = (height, width, 0, tile_h, tile_w)
     owner = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    members = mixture_members(owner, batch, num_heads, extents)
+    members = patches.members(owner, batch, num_heads, extents)
     if CAUSAL:
-        _, cy, cx, _, _ = mixture_offset(owner, num_heads, extents)
+        _, cy, cx, _, _ = patches.offset_of(owner, num_heads, extents)
         members = tl.where((cy < 0) | ((cy == 0) & (cx < 0) & (tile_h == 1)), 0, members)
     share = tl.cdiv(members, splits)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for member in range(split * share, tl.minimum(split * share + share, members)):
-        place_b, place_h, i, j, i_valid, j_valid = mixture_place(
+        place_b, place_h, i, j, i_valid, j_valid = patches.place(
             owner, member, batch, num_heads, num_tokens, extents, BLOCK
         )
         b = place_b.to(tl.int64)
         h = place_h.to(tl.int64)
         row = (b * num_heads + h) * num_tokens
-        q = load_rows(head_at(query, strides.query, b, h, UNIT), strides.query, i, i_valid, KEY_DIM, BLOCK_K, UNIT, True)
+        q = load_rows(
+            head_at(query, strides.query, b, h, UNIT), strides.query, i, i_valid, KEY_DIM, BLOCK_K, UNIT, True
+        )
         k = load_rows(head_at(key, strides.key, b, h, UNIT), strides.key, j, j_valid, KEY_DIM, BLOCK_K, UNIT, True)
         score = matmul(q, tl.trans(k), None, PRECISION)
         grad_output_head = head_at(grad_output, strides.grad_output, b, h, UNIT)
         do = load_rows(grad_output_head, strides.grad_output, i, i_valid, VALUE_DIM, BLOCK_V, UNIT, True)
-        v = load_rows(head_at(value, strides.value, b, h, UNIT), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, UNIT, True)
+        v = load_rows(
+            head_at(value, strides.value, b, h, UNIT), strides.value, j, j_valid, VALUE_DIM, BLOCK_V, UNIT, True
+        )
         deltas = tl.load(delta + row + i, mask=i_valid, other=0.0)
         inverse = inverse_normalizer(normalizer + row, i, i_valid)
         d = (matmul(do, tl.trans(v), None, PRECISION) - deltas[:, None]) * inverse[:, None]
@@ -417,6 +419,8 @@ def reduce_diagonals(
 def _configuration(kernel, query, value):
     key_dim, value_dim = query.shape[3], value.shape[3]
     fills = key_dim == table.block_d(key_dim) and value_dim == table.block_d(value_dim)
+    if kernel == "forward" and query.dtype == torch.float16 and max(key_dim, value_dim) > 64:
+        fills = False  # operands of TF32 take twice the registers
     return table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
 
 
@@ -441,12 +445,12 @@ def _weight_precision(query):
 
 
 def _relative_weights(bias):
-    """(c, the largest entry of each head)"""
+    """c"""
     weights, highest = torch.empty_like(bias), bias.amax(1, keepdim=True)
     programs = bias.shape[0] * triton.cdiv(bias.shape[1], LANES)
     arguments = (bias, highest, weights, bias.shape[1])
     table.launch(relative_weights, programs, bias.device, SMALL, *arguments, LANES=LANES)
-    return weights, highest
+    return weights
 
 
 def toeplitz_fwd(query, key, value, bias, plan, grid_h, grid_w, is_causal, method, eps, wants_bias_gradient=True):
@@ -456,7 +460,7 @@ def toeplitz_fwd(query, key, value, bias, plan, grid_h, grid_w, is_causal, metho
     normalizer = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
     if output.numel() == 0:
         return output, normalizer
-    weights, _ = _relative_weights(bias)
+    weights = _relative_weights(bias)
     config = _configuration("forward", query, value)
     table.launch(
         toeplitz_forward,
@@ -495,7 +499,7 @@ def toeplitz_bwd(
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     if value.numel() == 0:
         return grad_query, grad_key, grad_value, torch.zeros_like(bias)
-    weights, highest = _relative_weights(bias)
+    weights = _relative_weights(bias)
     delta = engine.run_row_delta(output, grad_output)
     saved = (normalizer, delta)
     sizes = (heads, tokens, bias.shape[1], grid_w)
@@ -535,10 +539,6 @@ def toeplitz_bwd(
         return grad_query, grad_key, grad_value, torch.zeros_like(bias)
     inputs = (query, key, value, grad_output, *saved)
     grad_bias = _bias_gradient(inputs, read, weights, grid_h, grid_w, options)
-    if eps:
-        largest = bias == highest
-        share = grad_bias.sum(1, keepdim=True, dtype=torch.float64) / largest.sum(1, keepdim=True)
-        grad_bias = torch.where(largest, grad_bias - share, grad_bias).float()
     return grad_query, grad_key, grad_value, grad_bias
 
 
@@ -546,11 +546,8 @@ def _bias_gradient(inputs, strides, weights, grid_h, grid_w, options):
     query, _, value, *_ = inputs
     batch, heads, tokens, _ = query.shape
     config = _configuration("parameter_gradient", query, value)
-    tile = patch_shape(grid_h, grid_w, config.block_m)
-    patches = triton.cdiv(grid_h, tile[0]), triton.cdiv(grid_w, tile[1])
-    distances = (2 * patches[0] - 1) * (2 * patches[1] - 1)
-    most = batch * patches[0] * patches[1] // 4
-    splits = max(1, min(TARGET_PROGRAMS // (distances * heads), most))
+    tile = patches.patch_shape(grid_h, grid_w, config.block_m)
+    distances, splits = patches.classes(grid_h, grid_w, *tile, batch, heads)
     partial = torch.empty((distances, heads, splits, 4, config.block_m), dtype=torch.float32, device=query.device)
     table.launch(
         toeplitz_bias_gradient,
