@@ -61,7 +61,7 @@ def in_double(tensors):
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def alibi(tensors, slope=-0.2):
+def alibi(tensors, slope=-0.25):
     heads, entries = tensors["rpe_bias"].shape
     distance = (torch.arange(entries) - entries // 2).abs()
     return {**tensors, "rpe_bias": (slope * distance).expand(heads, -1).to(tensors["rpe_bias"])}
