@@ -2,7 +2,9 @@
 
 namespace effattn {
 
-inline constexpr double kFftError = 1.0;
-inline constexpr double kDoubleFftError = 1.0;
+inline constexpr double kFftError = 0.9;
+inline constexpr double kDoubleFftError = 0.6;
+inline constexpr double kFftGradientError = 6.0;
+inline constexpr double kDoubleFftGradientError = 2.0;
 
 }  // namespace effattn
