@@ -145,7 +145,8 @@ def kernelized_rpe_attention(
         is_causal: token i sees tokens 0..i only.
         key_padding_mask: (B, N) bool, True where a key takes no part.
         method: "direct" (tiles, quadratic in N), "fft" (N log N), "structured" (linear in N; for a bias that is linear or
-            constant beyond some distance), or "auto": the fastest whose error stays within the rounding of the dtype.
+            constant beyond some distance; a gradient of the bias itself takes the direct method's backward), or "auto":
+            the fastest whose error stays within the rounding of the dtype.
             All are exact; the FFT's error grows with the range of the bias, so "auto" looks at it, except on a GPU
             under torch.compile or graph capture. A method that cannot serve the bias raises.
         eps: added to the denominator; a row whose denominator is 0 gives 0.
