@@ -415,6 +415,7 @@ void everything(DType dtype) {
 
 #include "packed_kernels.h"
 #include "retention_kernels.h"
+#include "urpe_kernels.h"
 
 int main() {
   packed_kernels();
@@ -426,6 +427,8 @@ int main() {
   local_enhancement_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) retention_kernels(DType::kFloat32);
   retention_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) urpe_kernels(DType::kFloat32);
+  urpe_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
