@@ -135,6 +135,7 @@ def cases():
         ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
         ("urpe_grid_causal", "sm_90", "bfloat16", 64, ("forward", "parameter_gradient", "reduce_relative")),
         ("urpe_causal", "sm_80", "bfloat16", 128, ("key_value_gradient",)),
+        ("urpe_grid_causal", "sm_80", "float32", 128, ("forward",)),
         ("urpe_grid", "sm_100", "bfloat16", 64, ("query_gradient",)),
         ("urpe_coefficient", "sm_120", "float16", 64, ("parameter_gradient",)),
     ]
