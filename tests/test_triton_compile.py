@@ -95,6 +95,7 @@ def cases():
                 for dtype in ("bfloat16", "float16", "float32")
                 for size in (64, 100, 128, 200, 256)
             ]
+            + [("urpe_grid_causal", "cdna", "bfloat16", 64, None)]
         )
     chosen = [
         (operation, family, "bfloat16", head_dim, _largest_with_its_configuration(family, "half", lean, head_dim))
@@ -103,7 +104,13 @@ def cases():
         for head_dim in HEAD_DIMS
     ]
     chosen += [
-        ("gaussian_mixture", "sm_80", "float32", d, _largest_with_its_configuration("sm_80", "single", True, d))
+        (
+            "gaussian_mixture",
+            "sm_80",
+            "float32",
+            d,
+            _largest_with_its_configuration("sm_80", "single", True, d, (True,)),
+        )
         for d in HEAD_DIMS
     ]
     chosen += [("gaussian_mixture", family, "float32", 64, ("forward",)) for family in CUDA if family != "sm_80"]
@@ -149,6 +156,7 @@ def cases():
         ("retention_recurrent", "sm_90", "bfloat16", 256, ("recurrent",)),
         ("urpe_grid_causal", "sm_90", "bfloat16", 64, ("forward", "parameter_gradient", "reduce_relative")),
         ("urpe_causal", "sm_80", "bfloat16", 128, ("key_value_gradient",)),
+        ("urpe_grid_causal", "sm_80", "float32", 128, ("forward",)),
         ("urpe_grid", "sm_100", "bfloat16", 64, ("query_gradient",)),
         ("urpe_coefficient", "sm_120", "float16", 64, ("parameter_gradient",)),
         ("toeplitz", "sm_90", "bfloat16", 64, ("toeplitz_forward", "toeplitz_key_value_gradient")),
@@ -161,16 +169,19 @@ def cases():
     return chosen
 
 
-def _largest_with_its_configuration(family, width, lean, head_dim):
-    """The engine's kernels whose configuration the next larger head_dim does not take too."""
-    table, larger = configurations.configurations(), [d for d in HEAD_DIMS if d > head_dim][:1]
-    return tuple(
-        kernel
-        for kernel in ENGINE
-        if not any(
-            table[family, width, lean, kernel, d] == table[family, width, lean, kernel, head_dim] for d in larger
+def _largest_with_its_configuration(family, width, lean, head_dim, among=(False, True)):
+    """The engine's kernels whose configuration no larger head_dim takes, nor at the same one the tiles for any policy."""
+    table = configurations.configurations()
+
+    def outdone(kernel):
+        return any(
+            table[family, width, other, kernel, d] == table[family, width, lean, kernel, head_dim]
+            for other in among
+            for d in HEAD_DIMS
+            if (d, not other) > (head_dim, not lean)
         )
-    )
+
+    return tuple(kernel for kernel in ENGINE if not outdone(kernel))
 
 
 def compile_all(cases, directory):

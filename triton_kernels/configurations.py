@@ -99,6 +99,10 @@ _LEAN = {
         "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
     },
 }
+_HEAVY = {  # two tables of relative positions spill in the tiles above
+    ("sm_80", "single", "forward", 128): C(16, 32, 8, 2),
+    ("cdna", "half", "forward", 64): C(128, 32, 8, 2),
+}
 _INTERPRETED = {  # few programs, since each costs milliseconds, yet more than one tile at 65 tokens
     "forward": C(64, 32, 4, 1),
     "key_value_gradient": C(32, 64, 4, 1),
@@ -148,8 +152,8 @@ def block_d(head_dim):
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def configuration(kernel, query, lean=False):
-    """The tuned choice for an engine kernel; `lean` is the policy's word on its registers."""
+def configuration(kernel, query, lean=False, heavy=False):
+    """The tuned choice for an engine kernel; `lean` and `heavy` are the policy's word on its registers."""
     width = "single" if query.dtype == torch.float32 else "half"
     head_dim = query.shape[3]
     if kernel == "row_delta":
@@ -157,7 +161,10 @@ def configuration(kernel, query, lean=False):
     family = architecture(query.device)
     if family == "interpreted":
         return _INTERPRETED[kernel]
-    return _TABLE[family, width, lean and head_dim == block_d(head_dim)][kernel][block_d(head_dim)]
+    columns = block_d(head_dim)
+    if heavy and (family, width, kernel, columns) in _HEAVY:
+        return _HEAVY[family, width, kernel, columns]
+    return _TABLE[family, width, lean and head_dim == columns][kernel][columns]
 
 
 def precision(query):

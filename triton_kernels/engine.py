@@ -33,7 +33,7 @@ def run_forward(policy: Policy, query, key, value, arguments, scale_log2):
         return output, logsumexp
     strides = tiles.ForwardStrides(*_strides(query, key, value, output))
     sizes = (heads, heads // key.shape[1], queries, key.shape[2])
-    config = table.configuration("forward", query, policy.lean)
+    config = table.configuration("forward", query, policy.lean, policy.heavy)
     table.launch(
         tiles.forward,
         triton.cdiv(queries, config.block_m) * batch * heads,
@@ -85,7 +85,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
         "KEEP": policy.keep,
     }
     if key.numel():
-        config = table.configuration("key_value_gradient", query, policy.lean)
+        config = table.configuration("key_value_gradient", query, policy.lean, policy.heavy)
         strides = tiles.KeyValueStrides(*read, *_strides(grad_key, grad_value))
         table.launch(
             tiles.key_value_gradient,
@@ -98,7 +98,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
             **_block_options(query, config),
         )
     if query.numel():
-        config = table.configuration("query_gradient", query, policy.lean)
+        config = table.configuration("query_gradient", query, policy.lean, policy.heavy)
         strides = tiles.QueryStrides(*read, *_strides(grad_query))
         table.launch(
             tiles.query_gradient,
@@ -126,7 +126,7 @@ def run_parameter_gradient(
 ):
     """`inputs`: query, key, value, grad_output, logsumexp, delta."""
     query = inputs[0]
-    config = table.configuration("parameter_gradient", query, policy.lean)
+    config = table.configuration("parameter_gradient", query, policy.lean, policy.heavy)
     strides = tiles.ParameterStrides(*_strides(*inputs[:4]))
     extents = (*extents, *(0,) * (6 - len(extents)))
     table.launch(

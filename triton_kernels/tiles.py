@@ -76,6 +76,7 @@ class Policy(NamedTuple):
     key_span: Any
     query_span: Any
     lean: bool = False  # takes few registers: see configurations.py
+    heavy: bool = False  # takes many
     weigh: Any = unweighed
 
 

@@ -197,6 +197,7 @@ def reduce_relative(
 def _policy(coefficient, bias, is_causal):
     return (CAUSAL if is_causal else PLAIN)._replace(
         term=relative_term,
+        heavy=coefficient is not None and bias is not None,
         logits=scaled_logits if bias is None else biased_logits,
         weigh=tiles.unweighed if coefficient is None else multiply,
     )
@@ -216,7 +217,7 @@ def relative_fwd(query, key, value, coefficient, bias, grid_h, grid_w, is_causal
 def _table_gradients(policy, inputs, arguments, gradients, grid_h, grid_w, is_causal, scale_log2):
     query, gradients = inputs[0], [t for t in gradients if t.numel()]
     batch, heads = query.shape[:2]
-    config = table.configuration("parameter_gradient", query, policy.lean)
+    config = table.configuration("parameter_gradient", query, policy.lean, policy.heavy)
     block = config.block_m
     tile_h, tile_w = patches.patch_shape(grid_h, grid_w, block)
     offsets, splits = patches.classes(grid_h, grid_w, tile_h, tile_w, batch, heads)
