@@ -176,10 +176,10 @@ struct SharedTransform {
     }
   }
 
-  // The innermost pass: forward, multiplied with the spectrum (or its conjugate), inverse. What is not wanted, left out.
+  // The innermost pass: forward, multiplied with the spectrum (or its conjugate), inverse. What is not wanted, left
+  // out.
   template <int kRadix>
-  EFFATTN_DEVICE void innermost_pass(
-      bool forward, const Complex<R>* spectrum, bool conjugated, bool inverse) const {
+  EFFATTN_DEVICE void innermost_pass(bool forward, const Complex<R>* spectrum, bool conjugated, bool inverse) const {
     for (int i = thread * kRadix; i < 1 << log_length; i += threads * kRadix) {
       Complex<R> x[kRadix];
 #pragma unroll

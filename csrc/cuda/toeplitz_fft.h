@@ -25,20 +25,23 @@ namespace effattn::cuda {
 
 struct Places {
   int tokens, grid_w, count;
+  uint64_t reciprocal;  // of the period 2 grid_w - 1, times 2^shift, rounded up: exact for all places
+  int shift;
 
   // The token at place p, -1 where there is none. Tokens stand in the first `count` places, at most half of L.
   EFFATTN_DEVICE int token(int p) const {
     if (p >= count) return -1;
-    const unsigned period = 2u * grid_w - 1, row = static_cast<unsigned>(p) / period;
-    const int column = static_cast<int>(p - row * period);
-    return column < grid_w ? static_cast<int>(row) * grid_w + column : -1;
+    const int row = static_cast<int>(p * reciprocal >> shift), column = p - row * (2 * grid_w - 1);
+    return column < grid_w ? row * grid_w + column : -1;
   }
 };
 
 inline Places places_of(const Toeplitz& a) {
-  const int64_t period = 2 * a.grid_w - 1;
-  return {static_cast<int>(a.query.size[2]), static_cast<int>(a.grid_w),
-      static_cast<int>((a.grid_h - 1) * period + a.grid_w)};
+  const int64_t period = 2 * a.grid_w - 1, count = (a.grid_h - 1) * period + a.grid_w;
+  int shift = 0;
+  while ((int64_t{1} << shift) < count * period) ++shift;
+  return {static_cast<int>(a.query.size[2]), static_cast<int>(a.grid_w), static_cast<int>(count),
+      (uint64_t{1} << shift) / period + 1, shift};
 }
 
 inline int log_length_of(const Places& places) {
@@ -72,7 +75,8 @@ struct Convolution {
   EFFATTN_DEVICE int64_t head(int64_t plane) const { return (first_plane + plane) % heads; }
 
   // The input of the first butterfly of a transform, places t + r L / 8: the others hold no tokens.
-  EFFATTN_DEVICE void load(Complex<R> (&x)[8], const int (&tokens)[4], const R* factor, const R* even, const R* odd) const {
+  EFFATTN_DEVICE void load(
+      Complex<R> (&x)[8], const int (&tokens)[4], const R* factor, const R* even, const R* odd) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       x[r] = x[r + 4] = {0, 0};
@@ -83,8 +87,8 @@ struct Convolution {
   }
 };
 
-// ---- Transforms in global memory (toeplitz_fft_passes.cu): the first `outer` passes there, rows of L / 8^outer elements
-// in shared memory
+// ---- Transforms in global memory (toeplitz_fft_passes.cu): the first `outer` passes there, rows of L / 8^outer
+// elements in shared memory
 
 // Slots of scratch memory: slot s holds the transform of middle column first_column + s / tiles and of tile first_tile
 // + s % tiles, a tile being a pair of columns of `right` of one plane.
@@ -138,7 +142,7 @@ void for_each_wave(const Convolution<R>& c, int64_t slots, Function function) {
   }
 }
 
-// ---- Columns and the spectrum (toeplitz_fft_columns.cu)
+// ---- Columns (toeplitz_fft_columns.cu)
 
 // Columns of R from planes first_plane... of a tensor (B, H, N, C) with any strides; row i times scale[plane, i] where
 // that is given. A column behind those of the tensor is of ones.
@@ -152,11 +156,13 @@ template <class R>
 void unpack_columns(const Columns<R>& columns, int64_t first_plane, int64_t planes, const Tensor& tensor,
     float* normalizer, double eps, cudaStream_t stream);
 
+// ---- The spectrum (toeplitz_fft.cu)
+
 // What a call needs beside columns: the spectrum in R, divided by L, and the roots.
 template <class R>
 struct Kernel {
   Complex<R>*spectrum, *roots;
-  double* highest;  // max b, one a head; 0 where there is none
+  double* highest;                      // max b, one a head; 0 where there is none
   Complex<double>*exact, *exact_roots;  // the same in double
   int log_length;
 };

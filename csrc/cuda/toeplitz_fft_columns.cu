@@ -1,9 +1,5 @@
-// What surrounds the transforms: tensors to columns of the transforms' type and back, through tiles of 32 tokens and 32
-// columns in shared memory so that both sides are read and written along what lies together; and the spectrum of
-//
-//   c_tau = exp(b_tau - max b) / L,    lags s = p_i - p_j in place s mod L, so that T is a product of spectra
-//
-// in double. Bytes: a tensor once, its columns once; the table of b twice and the spectrum a few times.
+// Tensors to columns of the transforms' type and back, through tiles of 32 tokens and 32 columns in shared memory so
+// that both sides are read and written along what lies together. Bytes: the tensor once, the columns once.
 #include "toeplitz_fft.h"
 
 namespace effattn::cuda {
@@ -48,8 +44,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(
-    Columns<R> from, int64_t first_plane, int width, float* normalizer, double eps, ResultPlanes<T> to) {
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Columns<R> from, int64_t first_plane, int width, float* normalizer, double eps, ResultPlanes<T> to) {
   SharedMemory shared;
   const auto tile = shared.array<R>(kSide * (kSide + 1));
   const TileOf at = tile_of(blockIdx.x, from.tokens, width);
@@ -71,38 +67,6 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(
     const R x = tile[i / kSide * (kSide + 1) + i % kSide];
     *to.at(first_plane + at.plane, token, column) = from_float<T>(static_cast<float>(x));
   }
-}
-
-__global__ void __launch_bounds__(kThreads) highest_kernel(const float* bias, int64_t entries, double* highest) {
-  SharedMemory shared;
-  const auto scratch = shared.array<float>(kThreads / kWarp);
-  float most = -INFINITY;
-  for (int64_t i = thread_index(); i < entries; i += kThreads) most = max(most, bias[blockIdx.x * entries + i]);
-  most = block_reduce(most, Max(), scratch);
-  if (thread_index() == 0) highest[blockIdx.x] = most == -INFINITY ? 0.0 : most;
-}
-
-__global__ void __launch_bounds__(kThreads) weights_kernel(const float* bias, const double* highest, int places,
-    bool is_causal, int log_length, int64_t count, Complex<double>* weights) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + thread_index();
-  if (i >= count) return;
-  const int64_t head = i >> log_length, length = int64_t{1} << log_length, s = i & (length - 1), middle = places - 1;
-  int64_t entry = -1;
-  if (s < places)
-    entry = middle - s;
-  else if (s > length - places && !is_causal)
-    entry = middle + length - s;
-  double weight = 0;
-  if (entry >= 0) weight = exp(bias[head * (2 * middle + 1) + entry] - highest[head]) / static_cast<double>(length);
-  store_complex(weights + i, {weight, 0.0});
-}
-
-template <class R>
-__global__ void __launch_bounds__(kThreads) round_kernel(const Complex<double>* from, int64_t count, Complex<R>* to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + thread_index();
-  if (i >= count) return;
-  const Complex<double> x = load_complex(from + i);
-  store_complex(to + i, {static_cast<R>(x.re), static_cast<R>(x.im)});
 }
 
 unsigned tiles(int64_t planes, int64_t tokens, int64_t columns) {
@@ -134,31 +98,9 @@ void unpack_columns(const Columns<R>& columns, int64_t first_plane, int64_t plan
   });
 }
 
-template <class R>
-void make_kernel(const Toeplitz& a, const Kernel<R>& kernel, cudaStream_t stream) {
-  const int64_t heads = a.query.size[1], count = heads << kernel.log_length;
-  const Places places = places_of(a);
-  launch(highest_kernel, dim3(static_cast<unsigned>(heads)), dim3(kThreads), shared_bytes<float>(kThreads / kWarp),
-      stream, a.bias, 2 * int64_t{places.count} - 1, kernel.highest);
-  launch(weights_kernel, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, a.bias,
-      static_cast<const double*>(kernel.highest), places.count, a.is_causal, kernel.log_length, count, kernel.exact);
-  make_roots(kernel.exact_roots, kernel.log_length, stream);
-  const int outer = outer_passes_of<double>(kernel.log_length);
-  outer_passes(kernel.exact, heads, kernel.log_length, 0, outer, false, kernel.exact_roots, stream);
-  transform_rows(Rows<double>{kernel.exact, heads, kernel.log_length, outer, kernel.exact_roots, true, false},
-      static_cast<const Convolution<double>*>(nullptr), Wave{}, stream);
-  if constexpr (sizeof(R) < sizeof(double)) {
-    make_roots(kernel.roots, kernel.log_length, stream);
-    launch(round_kernel<R>, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream,
-        static_cast<const Complex<double>*>(kernel.exact), count, kernel.spectrum);
-  }
-}
-
 template void pack_columns(const Tensor&, int64_t, int64_t, const float*, const Columns<float>&, cudaStream_t);
 template void pack_columns(const Tensor&, int64_t, int64_t, const double*, const Columns<double>&, cudaStream_t);
 template void unpack_columns(const Columns<float>&, int64_t, int64_t, const Tensor&, float*, double, cudaStream_t);
 template void unpack_columns(const Columns<double>&, int64_t, int64_t, const Tensor&, float*, double, cudaStream_t);
-template void make_kernel(const Toeplitz&, const Kernel<float>&, cudaStream_t);
-template void make_kernel(const Toeplitz&, const Kernel<double>&, cudaStream_t);
 
 }  // namespace effattn::cuda

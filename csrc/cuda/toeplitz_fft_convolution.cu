@@ -1,10 +1,10 @@
 // out_n(i) = sum_m left_m(i) T(middle_m * right_n)(i), the operation of toeplitz_fft.h, and never an (N, M D) tensor.
 //
-// Where a transform fits into a block (L <= 16384 in float, 8192 in double, on chips with 227 KB), a block owns a pair of
-// columns n of one plane (b, h), or several where L is small. Shared memory holds its L complex numbers, registers the sums
-// of the places that a thread has in the first and the last pass, the same ones. For m after m: the first pass takes
-// middle * right from global memory, half of its input being zeros; the innermost one multiplies with the spectrum; the
-// last one, of whose output half is wanted, adds left * it to the sums.
+// Where a transform fits into a block (L <= 16384 in float, 8192 in double, on chips with 227 KB), a block owns a pair
+// of columns n of one plane (b, h), or several where L is small. Shared memory holds its L complex numbers; the sums of
+// the places that a thread has in the first and the last pass, the same ones, are in registers up to L = 4096, then in
+// `out`. For m after m: the first pass takes middle * right from global memory, half of its input being zeros; the
+// innermost one multiplies with the spectrum; the last one, of whose output half is wanted, adds left * it to the sums.
 //
 // Longer transforms go through global memory in waves of as many pairs and columns m as scratch memory holds: the first
 // pass a kernel that writes it, rows in shared memory (toeplitz_fft_passes.cu), the last pass a kernel that contracts.
@@ -20,11 +20,14 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Butterflies of a thread in the first and the last pass, at most.
 template <class R>
-constexpr int kButterflies = sizeof(R) == 4 ? 4 : 2;
+EFFATTN_DEVICE void add_or_set(R* to, R x, bool add) {
+  *to = add ? *to + x : x;
+}
 
-template <class R>
+// kInRegisters: a thread has one butterfly in the first and the last pass, and its sums in registers. Else they are in
+// `out`, where nobody else has them.
+template <class R, bool kInRegisters>
 __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution<R> c, BlockShape shape) {
   SharedMemory shared;
   const int length = 1 << c.log_length, log_stride = c.log_length - 3, stride = 1 << log_stride;
@@ -39,64 +42,64 @@ __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution
   const bool active = pair < pairs, has_odd = 2 * pair + 1 < c.right.count;
   const R* const even = c.right.at(plane, active ? 2 * pair : 0);
   const R* const odd = has_odd ? c.right.at(plane, 2 * pair + 1) : nullptr;
+  R* const even_sums = c.out.at(plane, active ? 2 * pair : 0);
+  R* const odd_sums = has_odd ? c.out.at(plane, 2 * pair + 1) : nullptr;
   const Complex<R>* const spectrum = c.spectrum + (c.head(plane) << c.log_length);
 
-  int tokens[kButterflies<R>][4];
-  Complex<R> sums[kButterflies<R>][4];
+  int tokens[4];
+  Complex<R> sums[4];
+  const auto find_tokens = [&](int t) {
 #pragma unroll
-  for (int b = 0; b < kButterflies<R>; ++b) {
-    const int t = thread + b * shape.threads;
+    for (int r = 0; r < 4; ++r) tokens[r] = active ? c.places.token(t + (r << log_stride)) : -1;
+  };
+  if (kInRegisters) find_tokens(thread);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      tokens[b][r] = active && t < stride ? c.places.token(t + r * stride) : -1;
-      sums[b][r] = {0, 0};
-    }
-  }
+  for (int r = 0; r < 4; ++r) sums[r] = {0, 0};
 
   for (int m = 0; m < c.middle.count; ++m) {
     const R* const factor = c.middle.at(plane, m);
+    for (int t = thread; t < stride; t += kInRegisters ? stride : shape.threads) {
+      if (!kInRegisters) find_tokens(t);
+      Complex<R> x[8];
+      c.load(x, tokens, factor, even, odd);
+      butterfly<false>(x);
+      multiply_by_powers(x, load_complex(c.roots + t));
 #pragma unroll
-    for (int b = 0; b < kButterflies<R>; ++b) {
-      const int t = thread + b * shape.threads;
-      if (t < stride) {
-        Complex<R> x[8];
-        c.load(x, tokens[b], factor, even, odd);
-        butterfly<false>(x);
-        multiply_by_powers(x, load_complex(c.roots + t));
-#pragma unroll
-        for (int r = 0; r < 8; ++r) transform.set(t + (r << log_stride), x[r]);
-      }
+      for (int r = 0; r < 8; ++r) transform.set(t + (r << log_stride), x[r]);
     }
     transform.forward_passes(log_stride, c.roots + stride);
     transform.innermost_pass(true, spectrum, c.transposed, true);
     transform.inverse_passes(log_stride, c.roots + stride);
     const R* const weight = c.left.at(plane, m);
+    for (int t = thread; t < stride; t += kInRegisters ? stride : shape.threads) {
+      if (!kInRegisters) find_tokens(t);
+      Complex<R> x[8];
 #pragma unroll
-    for (int b = 0; b < kButterflies<R>; ++b) {
-      const int t = thread + b * shape.threads;
-      if (t < stride) {
-        Complex<R> x[8];
+      for (int r = 0; r < 8; ++r) x[r] = transform.get(t + (r << log_stride));
+      multiply_by_powers(x, conjugate(load_complex(c.roots + t)));
+      butterfly<true>(x);
 #pragma unroll
-        for (int r = 0; r < 8; ++r) x[r] = transform.get(t + (r << log_stride));
-        multiply_by_powers(x, conjugate(load_complex(c.roots + t)));
-        butterfly<true>(x);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const R scale = tokens[b][r] >= 0 ? weight[tokens[b][r]] : R{0};
-          sums[b][r] = {sums[b][r].re + scale * x[r].re, sums[b][r].im + scale * x[r].im};
+      for (int r = 0; r < 4; ++r) {
+        if (tokens[r] < 0) continue;
+        const R scale = weight[tokens[r]];
+        if (kInRegisters) {
+          sums[r] = {sums[r].re + scale * x[r].re, sums[r].im + scale * x[r].im};
+        } else {
+          add_or_set(even_sums + tokens[r], scale * x[r].re, m > 0);
+          if (has_odd) add_or_set(odd_sums + tokens[r], scale * x[r].im, m > 0);
         }
       }
     }
   }
 
-#pragma unroll
-  for (int b = 0; b < kButterflies<R>; ++b)
+  if constexpr (kInRegisters) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      if (tokens[b][r] < 0) continue;
-      c.out.at(plane, 2 * pair)[tokens[b][r]] = sums[b][r].re;
-      if (has_odd) c.out.at(plane, 2 * pair + 1)[tokens[b][r]] = sums[b][r].im;
+      if (tokens[r] < 0) continue;
+      even_sums[tokens[r]] = sums[r].re;
+      if (has_odd) odd_sums[tokens[r]] = sums[r].im;
     }
+  }
 }
 
 template <class R>
@@ -155,12 +158,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     if (tokens[r] < 0) continue;
-    R* const even = c.out.at(plane, column) + tokens[r];
-    *even = wave.first_column > 0 ? *even + sums[r].re : sums[r].re;
-    if (column + 1 < c.out.count) {
-      R* const odd = c.out.at(plane, column + 1) + tokens[r];
-      *odd = wave.first_column > 0 ? *odd + sums[r].im : sums[r].im;
-    }
+    add_or_set(c.out.at(plane, column) + tokens[r], sums[r].re, wave.first_column > 0);
+    if (column + 1 < c.out.count)
+      add_or_set(c.out.at(plane, column + 1) + tokens[r], sums[r].im, wave.first_column > 0);
   }
 }
 
@@ -168,10 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class R>
 int outer_passes_of(int log_length) {
-  if (1 << (log_length - 3) <= kButterflies<R> * kTransformThreads &&
-      block_shape<R>(log_length, 1, shared_memory_limit()).groups > 0)
-    return 0;
-  int outer = 1;
+  int outer = 0;
   while (outer < eights(log_length) && block_shape<R>(log_length - 3 * outer, 1, shared_memory_limit()).groups == 0)
     ++outer;
   return outer;
@@ -189,8 +186,10 @@ void convolve(const Convolution<R>& c, Complex<R>* scratch, int64_t slots, cudaS
   const int outer = outer_passes_of<R>(c.log_length);
   if (outer == 0) {
     const BlockShape shape = block_shape<R>(c.log_length, c.pairs(), shared_memory_limit());
-    launch(convolve_kernel<R>, dim3(static_cast<unsigned>(c.planes * ceil_div(c.pairs(), shape.groups))),
-        dim3(shape.groups * shape.threads), shape.shared, stream, c, shape);
+    const bool in_registers = shape.threads == 1 << (c.log_length - 3);
+    launch(in_registers ? convolve_kernel<R, true> : convolve_kernel<R, false>,
+        dim3(static_cast<unsigned>(c.planes * ceil_div(c.pairs(), shape.groups))), dim3(shape.groups * shape.threads),
+        shape.shared, stream, c, shape);
     return;
   }
   for_each_wave(c, slots, [&](Wave wave) {

@@ -1,13 +1,13 @@
-// Gradients of toeplitz_fft.cu. With G = grad_output / n and delta = (grad_output . O) / n, D_ij = G_i . v_j - delta_i and
-// s_ij = q_i . k_j:
+// Gradients of toeplitz_fft.cu. With G = grad_output / n and delta = (grad_output . O) / n, D_ij = G_i . v_j - delta_i
+// and s_ij = q_i . k_j:
 //
 //   dQ_i = sum_j c D_ij k_j     dK_j = sum_i c D_ij q_i     dV_j = sum_i c s_ij G_i     the operation of toeplitz_fft.h
 //   db_tau = c_tau sum over j - i = tau of s_ij D_ij,   the transform of sum_(b, m, e) conj(U) X
 //
 // U the transform of q_m (G, -delta)_e, X that of k_m (v, 1)_e, two columns e at a time: what the pair's cross terms
-// leave is imaginary. The sum is made in double, wave by wave and in order, in the spectrum, one a head, and one inverse
-// transform follows. FLOPs for each (b, h): three times those of the forward pass, and once more for db, in global memory
-// whatever L is. A row with a normalizer of 0 has G = delta = 0.
+// leave is imaginary. The sum is made in double, wave by wave and in order, in the spectrum, one a head, and one
+// inverse transform follows. FLOPs for each (b, h): three times those of the forward pass, and once more for db, in
+// global memory whatever L is. A row with a normalizer of 0 has G = delta = 0.
 #include "toeplitz_fft.h"
 
 namespace effattn::cuda {
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(Complex<double>* sums, 
 // sums[head, f] += conj(U) X over the wave's slots of the head: a lane an element, slots dealt to the warps, whose sums
 // are added in order.
 template <class R>
-__global__ void __launch_bounds__(kThreads) correlate_kernel(
-    Convolution<R> c, Wave wave, const Complex<R>* u, const Complex<R>* x, Complex<double>* sums) {
+__global__ void __launch_bounds__(kThreads)
+    correlate_kernel(Convolution<R> c, Wave wave, const Complex<R>* u, const Complex<R>* x, Complex<double>* sums) {
   SharedMemory shared;
   const auto parts = shared.array<double>(2 * kThreads);
   const int64_t length = int64_t{1} << c.log_length, blocks = (length + kWarp - 1) / kWarp;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) correlate_kernel(
     const int64_t first = max(plane * pairs, wave.first_tile), count = min((plane + 1) * pairs, end) - first;
     for (int64_t i = warp_index(); i < count * wave.columns && f < length; i += kWarps) {
       const int64_t slot = i / count * wave.tiles + first - wave.first_tile + i % count;
-      const Complex<R> a = load_complex(u + (slot << c.log_length) + f), b = load_complex(x + (slot << c.log_length) + f);
+      const Complex<R> a = load_complex(u + (slot << c.log_length) + f),
+                       b = load_complex(x + (slot << c.log_length) + f);
       sum.re += static_cast<double>(a.re) * b.re + static_cast<double>(a.im) * b.im;
       sum.im += static_cast<double>(a.re) * b.im - static_cast<double>(a.im) * b.re;
     }
@@ -100,8 +101,7 @@ Memory<R> memory_of(const ToeplitzGradient& g, Arena& arena) {
                 widest = std::max(features, width);
   Memory<R> memory = {};
   memory.kernel = take_kernel<R>(a, arena);
-  memory.planes =
-      planes_at_once<R>(a.query.size[0] * a.query.size[1], tokens, 2 * (features + width + 1) + widest + 1);
+  memory.planes = planes_at_once<R>(a.query.size[0] * a.query.size[1], tokens, 2 * (features + width + 1) + widest + 1);
   memory.query = arena.take<R>(memory.planes * features * tokens);
   memory.key = arena.take<R>(memory.planes * features * tokens);
   memory.value = arena.take<R>(memory.planes * (width + 1) * tokens);

@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(kTransformThreads)
   const int log_row = rows.log_length - 3 * rows.outer, length = 1 << log_row;
   const int group = thread_index() / shape.threads;
   const int elements = 2 * SharedTransform<R>::padded(length);
-  const SharedTransform<R> transform = {
-      shared.array<R>(shape.groups * elements).from(group * elements), log_row, thread_index() % shape.threads,
-      shape.threads};
+  const SharedTransform<R> transform = {shared.array<R>(shape.groups * elements).from(group * elements), log_row,
+      thread_index() % shape.threads, shape.threads};
 
   const int64_t row = static_cast<int64_t>(blockIdx.x) * shape.groups + group;
   const bool valid = row < rows.count << 3 * rows.outer;
@@ -106,16 +105,14 @@ void transform_rows(const Rows<R>& rows, const Convolution<R>* c, Wave wave, cud
   const BlockShape shape = block_shape<R>(rows.log_length - 3 * rows.outer, count, shared_memory_limit());
   SpectrumOf of = {};
   if (c != nullptr) of = {wave.first_tile, wave.tiles, c->pairs(), c->first_plane, c->heads, c->transposed};
-  launch(rows_kernel<R>, dim3(blocks_for(count, shape.groups)), dim3(shape.groups * shape.threads), shape.shared, stream,
-      rows, shape, c != nullptr ? c->spectrum : nullptr, of);
+  launch(rows_kernel<R>, dim3(blocks_for(count, shape.groups)), dim3(shape.groups * shape.threads), shape.shared,
+      stream, rows, shape, c != nullptr ? c->spectrum : nullptr, of);
 }
 
 template void make_roots(Complex<float>*, int, cudaStream_t);
 template void make_roots(Complex<double>*, int, cudaStream_t);
-template void outer_passes(
-    Complex<float>*, int64_t, int, int, int, bool, const Complex<float>*, cudaStream_t);
-template void outer_passes(
-    Complex<double>*, int64_t, int, int, int, bool, const Complex<double>*, cudaStream_t);
+template void outer_passes(Complex<float>*, int64_t, int, int, int, bool, const Complex<float>*, cudaStream_t);
+template void outer_passes(Complex<double>*, int64_t, int, int, int, bool, const Complex<double>*, cudaStream_t);
 template void transform_rows(const Rows<float>&, const Convolution<float>*, Wave, cudaStream_t);
 template void transform_rows(const Rows<double>&, const Convolution<double>*, Wave, cudaStream_t);
 

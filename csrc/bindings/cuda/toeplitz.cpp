@@ -15,8 +15,8 @@ int64_t entries_of(int64_t grid_h, int64_t grid_w) {
   return grid_h > 0 && grid_w > 0 ? (2 * grid_h - 1) * (2 * grid_w - 1) : 0;
 }
 
-Tensor tokens_of(const Device& device, const TorchTensor& tensor, const Tensor& query, int64_t columns,
-    const char* name) {
+Tensor tokens_of(
+    const Device& device, const TorchTensor& tensor, const Tensor& query, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must be (B, H, N, columns)");
   const Tensor x = view(device, tensor, name);
   STD_TORCH_CHECK(x.dtype == query.dtype, name, " and query must share one dtype");
@@ -37,8 +37,8 @@ Toeplitz arguments_of(const Device& device, const TorchTensor& query, const Torc
   a.query = view(device, query, "query");
   a.key = tokens_of(device, key, a.query, a.query.size[3], "key");
   a.value = tokens_of(device, value, a.query, value.size(3), "value");
-  STD_TORCH_CHECK(a.query.size[3] >= 1 && a.query.size[3] <= kMaxSize && a.value.size[3] >= 1 &&
-                      a.value.size[3] <= kMaxSize,
+  STD_TORCH_CHECK(
+      a.query.size[3] >= 1 && a.query.size[3] <= kMaxSize && a.value.size[3] >= 1 && a.value.size[3] <= kMaxSize,
       "features and value must have 1..", kMaxSize, " columns, got ", a.query.size[3], " and ", a.value.size[3]);
   STD_TORCH_CHECK(grid_h >= 0 && grid_w >= 0 && grid_h <= std::numeric_limits<int32_t>::max() &&
                       grid_w <= std::numeric_limits<int32_t>::max() && grid_h * grid_w == a.query.size[2],
@@ -60,7 +60,8 @@ std::tuple<TorchTensor, TorchTensor> toeplitz_fwd(TorchTensor query, TorchTensor
   const Device device(query);
   Toeplitz a = arguments_of(device, query, key, value, bias, plan, grid_h, grid_w, is_causal, method, eps);
   TorchTensor output = torch::stable::empty_like(value);
-  TorchTensor normalizer = device.empty({a.query.size[0], a.query.size[1], a.query.size[2]}, aoti_torch_dtype_float32());
+  TorchTensor normalizer =
+      device.empty({a.query.size[0], a.query.size[1], a.query.size[2]}, aoti_torch_dtype_float32());
   a.output = view(device, output, "output");
   a.normalizer = static_cast<float*>(normalizer.data_ptr());
   TorchTensor workspace = device.workspace(effattn::cuda::toeplitz_fft_workspace(a));
