@@ -136,7 +136,7 @@ def test_auto_is_traceable(case, backend):
 
 
 @pytest.mark.slow
-@case_and_backend(without=("reference", "triton"))
+@case_and_backend(without=("reference", "triton", *(("cuda",) if is_slow("cuda") else ())))
 def test_inductor_runs_the_kernel_inside_its_own_code(case, backend):
     if case.variant:
         pytest.skip("once per operator")

@@ -156,8 +156,10 @@ def check_attention(*shape, mask=None, is_causal=False, **options):
 # ---------------------------------------------------------------- Gaussian mixtures
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [1, 3, 16, 24, 64, 80])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [*((head_dim, torch.float32) for head_dim in (1, 3, 16, 24, 80)), (64, torch.bfloat16), (24, torch.float16)],
+)
 def test_mixture_equals_formula_at_any_head_dim(head_dim, dtype):
     check_mixture((5, 7), 1, batch=1, head_dim=head_dim, dtype=dtype)
 

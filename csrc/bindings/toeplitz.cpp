@@ -1,3 +1,5 @@
+#include <string.h>
+
 #include "tensors.h"
 
 namespace effattn::bindings {
@@ -10,7 +12,7 @@ int64_t entries_of(int64_t grid_h, int64_t grid_w) {
 }
 
 Toeplitz toeplitz_of(const TorchTensor& query, const TorchTensor& key, const TorchTensor& value,
-    const TorchTensor& bias, int64_t grid_h, int64_t grid_w, bool is_causal, double eps) {
+    const TorchTensor& bias, int64_t grid_h, int64_t grid_w, bool is_causal, double eps, bool wants_bias) {
   const Tensor q = view(query, "query"), k = view(key, "key"), v = view(value, "value");
   STD_TORCH_CHECK(is_floating(q.dtype) && k.dtype == q.dtype && v.dtype == q.dtype,
       "query, key and value must share one floating dtype");
@@ -21,7 +23,7 @@ Toeplitz toeplitz_of(const TorchTensor& query, const TorchTensor& key, const Tor
   STD_TORCH_CHECK(
       grid_h >= 0 && grid_w >= 0 && grid_h * grid_w == q.size[2], "grid does not cover ", q.size[2], " tokens");
   return {q, k, v, elements<const float>(bias, ScalarType::Float, {q.size[1], entries_of(grid_h, grid_w)}, "bias"),
-      grid_h, grid_w, is_causal, eps};
+      grid_h, grid_w, is_causal, eps, wants_bias};
 }
 
 ToeplitzMethod method_of(const std::optional<TorchTensor>& plan, int64_t method) {
@@ -35,8 +37,8 @@ ToeplitzMethod method_of(const std::optional<TorchTensor>& plan, int64_t method)
 
 std::tuple<TorchTensor, TorchTensor> toeplitz_fwd(TorchTensor query, TorchTensor key, TorchTensor value,
     TorchTensor bias, std::optional<TorchTensor> plan, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method,
-    double eps) {
-  const Toeplitz arguments = toeplitz_of(query, key, value, bias, grid_h, grid_w, is_causal, eps);
+    double eps, bool needs_bias_gradient) {
+  const Toeplitz arguments = toeplitz_of(query, key, value, bias, grid_h, grid_w, is_causal, eps, needs_bias_gradient);
   const Tensor& q = arguments.query;
   TorchTensor output = empty_like(value, arguments.value),
               normalizer = empty({q.size[0], q.size[1], q.size[2]}, ScalarType::Float);
@@ -60,8 +62,9 @@ std::tuple<TorchTensor, TorchTensor> toeplitz_fwd(TorchTensor query, TorchTensor
 
 std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> toeplitz_bwd(TorchTensor grad_output, TorchTensor query,
     TorchTensor key, TorchTensor value, TorchTensor bias, std::optional<TorchTensor> plan, TorchTensor output,
-    TorchTensor normalizer, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method, double eps) {
-  const Toeplitz arguments = toeplitz_of(query, key, value, bias, grid_h, grid_w, is_causal, eps);
+    TorchTensor normalizer, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method, double eps,
+    bool needs_bias_gradient) {
+  const Toeplitz arguments = toeplitz_of(query, key, value, bias, grid_h, grid_w, is_causal, eps, needs_bias_gradient);
   const Tensor &q = arguments.query, &v = arguments.value, g = view(grad_output, "grad_output"),
                o = view(output, "output");
   STD_TORCH_CHECK(g.dtype == v.dtype && o.dtype == v.dtype, "grad_output and output must have the dtype of value");
@@ -70,6 +73,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> toeplitz_bwd(Torc
   TorchTensor grad_query = empty_like(query, q), grad_key = empty_like(key, arguments.key),
               grad_value = empty_like(value, v),
               grad_bias = empty({q.size[1], entries_of(grid_h, grid_w)}, ScalarType::Float);
+  if (!needs_bias_gradient)
+    memset(grad_bias.data_ptr(), 0, static_cast<size_t>(q.size[1] * entries_of(grid_h, grid_w)) * sizeof(float));
   const ToeplitzGrad gradient = {g, o,
       elements<const float>(normalizer, ScalarType::Float, {q.size[0], q.size[1], q.size[2]}, "normalizer"),
       view(grad_query, "grad_query"), view(grad_key, "grad_key"), view(grad_value, "grad_value"),

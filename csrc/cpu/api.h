@@ -236,13 +236,14 @@ struct LocalEnhancementBackward {
 // Toeplitz-weighted linear attention. query, key: features (B,H,N,M); value (B,H,N,D), M and D up to 256. bias
 // (H, (2 grid_h - 1)(2 grid_w - 1)) contiguous; token i stands at p_i = (i / grid_w)(2 grid_w - 1) + i % grid_w, and
 // the entry of query i and key j is p_j - p_i + (grid_h - 1)(2 grid_w - 1) + grid_w - 1. A sequence is a grid of one
-// row.
+// row. Without wants_bias ToeplitzGrad::bias is zero already and may stay so.
 struct Toeplitz {
   Tensor query, key, value;
   const float* bias;
   int64_t grid_h, grid_w;
   bool is_causal;
   double eps;
+  bool wants_bias = true;
 };
 
 // output as value; normalizer (B,H,N) contiguous: the denominators, eps included.

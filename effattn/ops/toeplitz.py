@@ -52,7 +52,7 @@ gradient (reference/toeplitz.py).
 """
 
 
-def _flops(query, key, value, grid_h, grid_w, is_causal, method, eps) -> int:
+def _flops(query, key, value, *options) -> int:
     """Both products of the direct method, whatever runs; a multiply-add is two."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * length * (width + value[3])
@@ -68,7 +68,7 @@ toeplitz = Operator(
     tensors=("query", "key", "value", "bias", "?plan"),
     differentiable=("query", "key", "value", "bias"),
     parameters=("bias", "plan"),
-    options="SymInt grid_h, SymInt grid_w, bool is_causal, int method, float eps",
+    options="SymInt grid_h, SymInt grid_w, bool is_causal, int method, float eps, bool needs_bias_gradient",
     saved={"normalizer": lambda *shape: shape[:3]},
     fake=_fake,
     flops=_flops,
@@ -77,7 +77,9 @@ toeplitz = Operator(
 
 query, key: features (B, H, N, M); value: (B, H, N, D). bias: (H, (2 h - 1)(2 w - 1)) contiguous float32; token i stands at
 p_i = (i // w)(2 w - 1) + i % w, and b_{j-i} is entry p_j - p_i + (h - 1)(2 w - 1) + w - 1. A sequence is a grid (1, N).
-plan: what ``toeplitz_methods.plan`` says, for method BY_PLAN. A row whose normalizer is 0 gives 0.
+plan: what ``toeplitz_methods.plan`` says, for method BY_PLAN. A row whose normalizer is 0 gives 0. Without
+``needs_bias_gradient`` the bias gets a gradient of zeros: its entries beyond any distance are sums over whole diagonals,
+which a method that is linear in N does not have.
 """
 
 
@@ -405,4 +407,7 @@ def _attend(op, backend, query, key, value, entries, size, is_causal, method, ep
         kernel = methods.BY_PLAN
         if not torch.compiler.is_compiling() and method != "auto" and not plan.item():
             methods.refuse(op, method, report)
-    return toeplitz(backend, query, key, value, entries, plan, *size, is_causal, kernel, float(eps))
+    needs_bias_gradient = torch.is_grad_enabled() and entries.requires_grad
+    return toeplitz(
+        backend, query, key, value, entries, plan, *size, is_causal, kernel, float(eps), needs_bias_gradient
+    )
