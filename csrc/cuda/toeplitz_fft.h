@@ -74,15 +74,16 @@ struct Convolution {
   __host__ EFFATTN_DEVICE int pairs() const { return (right.count + 1) / 2; }
   EFFATTN_DEVICE int64_t head(int64_t plane) const { return (first_plane + plane) % heads; }
 
-  // The input of the first butterfly of a transform, places t + r L / 8: the others hold no tokens.
+  // The input of the first butterfly of a transform, places t + r L / 8: the others hold no tokens. `even`: the first
+  // column of a pair, whose second one follows it if there is one.
   EFFATTN_DEVICE void load(
-      Complex<R> (&x)[8], const int (&tokens)[4], const R* factor, const R* even, const R* odd) const {
+      Complex<R> (&x)[8], const int (&tokens)[4], const R* factor, const R* even, bool has_odd) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       x[r] = x[r + 4] = {0, 0};
       if (tokens[r] < 0) continue;
       const R scale = factor[tokens[r]];
-      x[r] = {scale * even[tokens[r]], odd != nullptr ? scale * odd[tokens[r]] : R{0}};
+      x[r] = {scale * even[tokens[r]], has_odd ? scale * even[places.tokens + tokens[r]] : R{0}};
     }
   }
 };

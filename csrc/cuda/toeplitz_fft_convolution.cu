@@ -41,9 +41,6 @@ __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution
   const int pair = static_cast<int>(blockIdx.x % blocks) * shape.groups + group;
   const bool active = pair < pairs, has_odd = 2 * pair + 1 < c.right.count;
   const R* const even = c.right.at(plane, active ? 2 * pair : 0);
-  const R* const odd = has_odd ? c.right.at(plane, 2 * pair + 1) : nullptr;
-  R* const even_sums = c.out.at(plane, active ? 2 * pair : 0);
-  R* const odd_sums = has_odd ? c.out.at(plane, 2 * pair + 1) : nullptr;
   const Complex<R>* const spectrum = c.spectrum + (c.head(plane) << c.log_length);
 
   int tokens[4];
@@ -61,7 +58,7 @@ __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution
     for (int t = thread; t < stride; t += kInRegisters ? stride : shape.threads) {
       if (!kInRegisters) find_tokens(t);
       Complex<R> x[8];
-      c.load(x, tokens, factor, even, odd);
+      c.load(x, tokens, factor, even, has_odd);
       butterfly<false>(x);
       multiply_by_powers(x, load_complex(c.roots + t));
 #pragma unroll
@@ -85,8 +82,8 @@ __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution
         if (kInRegisters) {
           sums[r] = {sums[r].re + scale * x[r].re, sums[r].im + scale * x[r].im};
         } else {
-          add_or_set(even_sums + tokens[r], scale * x[r].re, m > 0);
-          if (has_odd) add_or_set(odd_sums + tokens[r], scale * x[r].im, m > 0);
+          add_or_set(c.out.at(plane, 2 * pair) + tokens[r], scale * x[r].re, m > 0);
+          if (has_odd) add_or_set(c.out.at(plane, 2 * pair + 1) + tokens[r], scale * x[r].im, m > 0);
         }
       }
     }
@@ -96,8 +93,8 @@ __global__ void __launch_bounds__(kTransformThreads) convolve_kernel(Convolution
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (tokens[r] < 0) continue;
-      even_sums[tokens[r]] = sums[r].re;
-      if (has_odd) odd_sums[tokens[r]] = sums[r].im;
+      c.out.at(plane, 2 * pair)[tokens[r]] = sums[r].re;
+      if (has_odd) c.out.at(plane, 2 * pair + 1)[tokens[r]] = sums[r].im;
     }
   }
 }
@@ -115,8 +112,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int r = 0; r < 4; ++r) tokens[r] = c.places.token(t + (r << log_stride));
   Complex<R> x[8];
-  c.load(x, tokens, c.middle.at(plane, m), c.right.at(plane, column),
-      column + 1 < c.right.count ? c.right.at(plane, column + 1) : nullptr);
+  c.load(x, tokens, c.middle.at(plane, m), c.right.at(plane, column), column + 1 < c.right.count);
   butterfly<false>(x);
   multiply_by_powers(x, load_complex(c.roots + t));
 #pragma unroll

@@ -56,7 +56,7 @@ Toeplitz arguments_of(const Device& device, const TorchTensor& query, const Torc
 
 std::tuple<TorchTensor, TorchTensor> toeplitz_fwd(TorchTensor query, TorchTensor key, TorchTensor value,
     TorchTensor bias, std::optional<TorchTensor> plan, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method,
-    double eps) {
+    double eps, bool) {
   const Device device(query);
   Toeplitz a = arguments_of(device, query, key, value, bias, plan, grid_h, grid_w, is_causal, method, eps);
   TorchTensor output = torch::stable::empty_like(value);
@@ -71,7 +71,8 @@ std::tuple<TorchTensor, TorchTensor> toeplitz_fwd(TorchTensor query, TorchTensor
 
 std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> toeplitz_bwd(TorchTensor grad_output, TorchTensor query,
     TorchTensor key, TorchTensor value, TorchTensor bias, std::optional<TorchTensor> plan, TorchTensor output,
-    TorchTensor normalizer, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method, double eps) {
+    TorchTensor normalizer, int64_t grid_h, int64_t grid_w, bool is_causal, int64_t method, double eps,
+    bool needs_bias_gradient) {
   const Device device(query);
   ToeplitzGradient g = {};
   g.of = arguments_of(device, query, key, value, bias, plan, grid_h, grid_w, is_causal, method, eps);
@@ -86,7 +87,10 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> toeplitz_bwd(Torc
   g.grad_query = view(device, grad_query, "grad_query");
   g.grad_key = view(device, grad_key, "grad_key");
   g.grad_value = view(device, grad_value, "grad_value");
-  g.grad_bias = static_cast<float*>(grad_bias.data_ptr());
+  if (needs_bias_gradient)
+    g.grad_bias = static_cast<float*>(grad_bias.data_ptr());
+  else
+    torch::stable::zero_(grad_bias);
   TorchTensor workspace = device.workspace(effattn::cuda::toeplitz_fft_gradient_workspace(g));
   effattn::cuda::toeplitz_fft_gradient(g, workspace.data_ptr(), device.stream());
   return {std::move(grad_query), std::move(grad_key), std::move(grad_value), std::move(grad_bias)};
