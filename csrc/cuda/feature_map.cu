@@ -47,10 +47,10 @@ Extent extent_of(const FeatureMap& a) {
       a.projection, a.mask};
 }
 
-// 32 rows of x from `first` on, divided by their lengths if asked for, zeros behind the last; their lengths (1 where
-// nothing was divided, 0 a row of zeros) and half their squares. A barrier is up to the caller.
+// 32 rows of x from `first` on, divided by their lengths if asked for, zeros behind the last; the inverses of the lengths
+// (1 where nothing was divided, 0 for a row of zeros) and half the squares. A barrier is up to the caller.
 template <class T>
-EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> lengths, SharedArray<float> half_squares,
+EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> inverses, SharedArray<float> half_squares,
     const Planes<T>& from, int64_t plane, int first, const Extent& extent) {
   const T* const origin = from.plane(plane);
 #pragma unroll 1
@@ -65,10 +65,9 @@ EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> lengths, 
       squares = fmaf(piece[j], piece[j], squares);
     }
     squares = warp_reduce(squares, Sum());
-    float length = 1;
+    float inverse = 1;
     if (extent.normalize) {
-      length = sqrtf(squares);
-      const float inverse = squares > 0 ? 1 / length : 0.0f;
+      inverse = squares > 0 ? rsqrtf(squares) : 0.0f;
       squares = 0;
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
@@ -81,7 +80,7 @@ EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> lengths, 
     for (int j = 0; j < kPieces; ++j)
       if (lane_index() + j * kWarp < extent.width) x[row * extent.pitch() + lane_index() + j * kWarp] = piece[j];
     if (lane_index() == 0) {
-      lengths[row] = length;
+      inverses[row] = inverse;
       half_squares[row] = squares / 2;
     }
   }
@@ -128,12 +127,12 @@ EFFATTN_DEVICE void largest_products(
 }
 
 struct RowTile {
-  SharedArray<float> x, w, lengths, half_squares, scratch;
+  SharedArray<float> x, w, inverses, half_squares, scratch;
   EFFATTN_DEVICE explicit RowTile(const Extent& extent) {
     SharedMemory shared;
     x = shared.array<float>(kRows * extent.pitch());
     w = shared.array<float>(kDirections * extent.pitch());
-    lengths = shared.array<float>(kRows);
+    inverses = shared.array<float>(kRows);
     half_squares = shared.array<float>(kRows);
     scratch = shared.array<float>(kDirections * (kRows + 1));
   }
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) highest_kernel(Planes<T> input, Exte
   const RowTile tile(extent);
   const int64_t plane = blockIdx.x / extent.row_blocks();
   const int first = static_cast<int>(blockIdx.x % extent.row_blocks()) * kRows;
-  load_rows(tile.x, tile.lengths, tile.half_squares, input, plane, first, extent);
+  load_rows(tile.x, tile.inverses, tile.half_squares, input, plane, first, extent);
   sync_block();
   float largest[kRowsPerWarp], most = -INFINITY;
   if (!extent.trigonometric) largest_products(largest, tile.x, tile.w, plane, extent);
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
   const int blocks = extent.row_blocks(), row = warp_index() * kRowsPerWarp;
   const int64_t plane = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * kRows;
-  load_rows(tile.x, tile.lengths, tile.half_squares, input, plane, first, extent);
+  load_rows(tile.x, tile.inverses, tile.half_squares, input, plane, first, extent);
   sync_block();
 
   float offset[kRowsPerWarp], largest[kRowsPerWarp];  // exponent = w . x - offset, trigonometric: -offset
@@ -232,7 +231,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient_kernel(
   const int row = warp_index() * kRowsPerWarp;
   const int64_t plane = blockIdx.x / extent.row_blocks();
   const int first = static_cast<int>(blockIdx.x % extent.row_blocks()) * kRows;
-  load_rows(tile.x, tile.lengths, tile.half_squares, input, plane, first, extent);
+  load_rows(tile.x, tile.inverses, tile.half_squares, input, plane, first, extent);
   const T *g = grad_features.plane(plane), *f = features.plane(plane);
 
   float sums[kRowsPerWarp][kPieces] = {}, of_x[kRowsPerWarp] = {};
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient_kernel(
 #pragma unroll
   for (int i = 0; i < kRowsPerWarp; ++i) {
     const float factor = warp_reduce(of_x[i], Sum());
-    float along = 0, inverse = 1;
+    float along = 0;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
       const int d = lane_index() + j * kWarp;
@@ -278,10 +277,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient_kernel(
       along = fmaf(x, sums[i][j], along);
     }
     along = warp_reduce(along, Sum());
-    if (extent.normalize) {
-      const float length = tile.lengths[row + i];
-      inverse = length > 0 ? 1 / length : 0.0f;
-    }
+    const float inverse = tile.inverses[row + i];
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
       const int d = lane_index() + j * kWarp;
@@ -295,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient_kernel(
 
 // partial[split, plane, m, d] over the rows of a split; a warp has 4 of the block's directions.
 template <class T>
-__global__ void __launch_bounds__(kThreads) projection_gradient_kernel(
+__global__ void __launch_bounds__(kThreads, 2) projection_gradient_kernel(
     Planes<T> grad_features, Planes<T> features, Planes<T> input, Extent extent, int64_t split_rows, float* partial) {
   const RowTile tile(extent);
   const int tiles = (extent.directions + kDirections - 1) / kDirections;
@@ -307,7 +303,7 @@ __global__ void __launch_bounds__(kThreads) projection_gradient_kernel(
   float sums[kRowsPerWarp][kPieces] = {};
   for (int first = static_cast<int>(split * split_rows); first < end; first += kRows) {
     sync_block();
-    load_rows(tile.x, tile.lengths, tile.half_squares, input, plane, first, extent);
+    load_rows(tile.x, tile.inverses, tile.half_squares, input, plane, first, extent);
 #pragma unroll 1
     for (int i = 0; i < kRowsPerWarp; ++i) {
       const int token = first + own + i, m = direction + lane_index();
