@@ -85,7 +85,7 @@ def check(shape, method, dtype=torch.float32, grid=None, change=None, **options)
         change(*leaves)
     got = call(leaves, gradient, method, grid, **options)
     wanted = exact(leaves, gradient, grid, **options)
-    rounding = 2 * torch.finfo(dtype).eps + (0 if method == DOUBLE_FFT else 1e-5)
+    rounding = 8 * torch.finfo(dtype).eps + (0 if method == DOUBLE_FFT else 1e-4)
     for name, ref in wanted.items():
         assert got[name].shape == ref.shape
         assert got[name].isfinite().all(), name
@@ -101,7 +101,7 @@ def check(shape, method, dtype=torch.float32, grid=None, change=None, **options)
 @CUDA
 @METHODS
 @pytest.mark.parametrize(
-    "shape", [(2, 2, 7, 2, 3), (1, 1, 1, 2, 3), (1, 2, 33, 3, 4), (1, 1, 65, 4, 1), (1, 1, 100, 1, 5)], ids=str
+    "shape", [(2, 2, 7, 2, 3), (1, 1, 1, 2, 3), (1, 2, 33, 3, 4), (1, 1, 65, 4, 1), (1, 1, 100, 2, 5)], ids=str
 )
 def test_every_innermost_radix_odd_columns_and_one_token(backend, method, shape):
     check(shape, method)
@@ -170,7 +170,7 @@ def test_key_of_zeros_everywhere_gives_zeros(backend):
 @METHODS
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [((1, 1, 513, 2, 2), {}), ((1, 2, 520, 1, 3), {"is_causal": True}), ((1, 1, 528, 2, 1), {"grid": (33, 16)})],
+    [((1, 1, 513, 2, 2), {}), ((1, 2, 520, 2, 3), {"is_causal": True}), ((1, 1, 528, 2, 1), {"grid": (33, 16)})],
     ids=["one", "causal", "grid"],
 )
 def test_transforms_longer_than_a_block_holds(backend, method, shape, options, small_chip):
@@ -179,7 +179,7 @@ def test_transforms_longer_than_a_block_holds(backend, method, shape, options, s
 
 @CUDA
 def test_two_passes_in_global_memory(backend, small_chip):
-    check((1, 1, 2100, 1, 1), DOUBLE_FFT)
+    check((1, 1, 2100, 2, 1), DOUBLE_FFT)
 
 
 @CUDA
@@ -190,8 +190,8 @@ def test_more_transforms_than_scratch_memory_holds(backend, small_chip):
 
 @CUDA
 def test_a_large_batch_goes_through_in_parts(backend, small_chip):
-    """Columns of 200 numbers a token and 4.7 MB for them, so 73 planes of 40 tokens at once."""
-    check((38, 2, 40, 97, 1), FFT)
+    """2.4 MB for columns hold 74 planes of 198 numbers a token forward, and 49 of 296 backward."""
+    check((38, 2, 40, 1, 97), FFT, eps=0.5)
 
 
 @CUDA
@@ -269,7 +269,7 @@ def check_features(shape, directions, trigonometric, normalize, shift, masked=Fa
     for t, ref in zip(got, wanted):
         assert t.shape == ref.shape
         assert t.isfinite().all()
-        assert largest(t - ref) <= (4 * torch.finfo(dtype).eps + 2e-6) * largest(ref)
+        assert largest(t - ref) <= (4 * torch.finfo(dtype).eps + 2e-6) * max(largest(ref), 1e-6)
     return got
 
 

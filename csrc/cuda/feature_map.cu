@@ -47,8 +47,8 @@ Extent extent_of(const FeatureMap& a) {
       a.projection, a.mask};
 }
 
-// 32 rows of x from `first` on, divided by their lengths if asked for, zeros behind the last; the inverses of the lengths
-// (1 where nothing was divided, 0 for a row of zeros) and half the squares. A barrier is up to the caller.
+// 32 rows of x from `first` on, divided by their lengths if asked for, zeros behind the last; the inverses of the
+// lengths (1 where nothing was divided, 0 for a row of zeros) and half the squares. A barrier is up to the caller.
 template <class T>
 EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> inverses, SharedArray<float> half_squares,
     const Planes<T>& from, int64_t plane, int first, const Extent& extent) {

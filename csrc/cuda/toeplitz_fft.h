@@ -190,9 +190,9 @@ class Arena {
 };
 
 // What memory a call takes is bounded, whatever its batch: transforms in global memory about as much as a large cache
-// holds, columns a few times that, but at least those of one plane.
+// holds, columns twice that, but at least those of one plane.
 inline int64_t scratch_bytes() { return 128 * static_cast<int64_t>(shared_memory_limit()); }
-inline int64_t column_bytes() { return 4 * scratch_bytes(); }
+inline int64_t column_bytes() { return 2 * scratch_bytes(); }
 
 template <class R>
 int64_t slots_of(int log_length, int64_t wanted) {
