@@ -7,7 +7,8 @@
 // U the transform of q_m (G, -delta)_e, X that of k_m (v, 1)_e, two columns e at a time: what the pair's cross terms
 // leave is imaginary. The sum is made in double, wave by wave and in order, in the spectrum, one a head, and one
 // inverse transform follows. FLOPs for each (b, h): three times those of the forward pass, and once more for db, in
-// global memory whatever L is. A row with a normalizer of 0 has G = delta = 0.
+// global memory whatever L is. A row with a normalizer of 0 has G = delta = 0. With eps the shift by max b does not
+// cancel: - sum_tau db_tau goes to the largest entries.
 #include "toeplitz_fft.h"
 
 namespace effattn::cuda {
@@ -71,18 +72,43 @@ __global__ void __launch_bounds__(kThreads)
   store_complex(sums + head * length + f, total);
 }
 
-__global__ void __launch_bounds__(kThreads) bias_kernel(const float* bias, const double* highest, int places,
-    bool is_causal, int log_length, int64_t count, const Complex<double>* sums, float* grad_bias) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + thread_index();
-  if (i >= count) return;
-  const int64_t entries = 2 * int64_t{places} - 1, head = i / entries, lag = i % entries - (places - 1),
-                length = int64_t{1} << log_length;
-  double gradient = 0;
-  if (lag <= 0 || !is_causal) {
+struct Table {
+  const float* bias;
+  const double* highest;
+  const Complex<double>* sums;
+  int places, log_length;
+  bool is_causal;
+
+  __host__ EFFATTN_DEVICE int64_t entries() const { return 2 * int64_t{places} - 1; }
+  EFFATTN_DEVICE double gradient(int64_t head, int64_t entry) const {
+    const int64_t lag = entry - (places - 1), length = int64_t{1} << log_length;
+    if (lag > 0 && is_causal) return 0;
     const double sum = sums[(head << log_length) + (lag & (length - 1))].re;
-    gradient = exp(bias[i] - highest[head]) * sum / static_cast<double>(length);
+    return exp(bias[head * entries() + entry] - highest[head]) * sum / static_cast<double>(length);
   }
-  grad_bias[i] = static_cast<float>(gradient);
+};
+
+__global__ void __launch_bounds__(kThreads) bias_kernel(Table table, int64_t count, float* grad_bias) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + thread_index();
+  if (i < count) grad_bias[i] = static_cast<float>(table.gradient(i / table.entries(), i % table.entries()));
+}
+
+// What the shift by the largest entry takes, from all that are the largest alike; a block a head.
+__global__ void __launch_bounds__(kThreads) shift_kernel(Table table, float* grad_bias) {
+  SharedMemory shared;
+  const auto scratch = shared.array<double>(kWarps);
+  const int64_t head = blockIdx.x, entries = table.entries();
+  const double highest = table.highest[head];
+  double total = 0, count = 0;
+  for (int64_t i = thread_index(); i < entries; i += kThreads) {
+    total += table.gradient(head, i);
+    count += table.bias[head * entries + i] == highest ? 1 : 0;
+  }
+  total = block_reduce(total, Sum(), scratch);
+  count = block_reduce(count, Sum(), scratch);
+  for (int64_t i = thread_index(); i < entries; i += kThreads)
+    if (table.bias[head * entries + i] == highest)
+      grad_bias[head * entries + i] = static_cast<float>(table.gradient(head, i) - total / count);
 }
 
 template <class R>
@@ -147,10 +173,12 @@ void bias_gradient(const ToeplitzGradient& g, const Memory<R>& memory, cudaStrea
       static_cast<const Convolution<double>*>(nullptr), Wave{}, stream);
   outer_passes(memory.sums, heads, kernel.log_length, 0, outer, true,
       static_cast<const Complex<double>*>(kernel.exact_roots), stream);
-  const int64_t count = heads * (2 * int64_t{places.count} - 1);
-  launch(bias_kernel, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, g.of.bias,
-      static_cast<const double*>(kernel.highest), places.count, g.of.is_causal, kernel.log_length, count,
-      static_cast<const Complex<double>*>(memory.sums), g.grad_bias);
+  const Table table = {g.of.bias, kernel.highest, memory.sums, places.count, kernel.log_length, g.of.is_causal};
+  const int64_t count = heads * table.entries();
+  launch(bias_kernel, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, table, count, g.grad_bias);
+  if (g.of.eps != 0)
+    launch(shift_kernel, dim3(static_cast<unsigned>(heads)), dim3(kThreads), shared_bytes<double>(kWarps), stream,
+        table, g.grad_bias);
 }
 
 template <class R>

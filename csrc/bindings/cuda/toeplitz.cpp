@@ -31,8 +31,9 @@ Toeplitz arguments_of(const Device& device, const TorchTensor& query, const Torc
     TorchTensor& bias, const std::optional<TorchTensor>& plan, int64_t grid_h, int64_t grid_w, bool is_causal,
     int64_t method, double eps) {
   STD_TORCH_CHECK(!plan, "the CUDA kernels take a method, not a plan");
-  STD_TORCH_CHECK(method == kFft || method == kDoubleFft, "the CUDA kernels have method 'fft' only");
   STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4, "query and value must be (B, H, N, columns)");
+  const bool is_empty = query.numel() == 0;  // needs no method, and a plan then names none
+  STD_TORCH_CHECK(is_empty || method == kFft || method == kDoubleFft, "the CUDA kernels have method 'fft' only");
   Toeplitz a = {};
   a.query = view(device, query, "query");
   a.key = tokens_of(device, key, a.query, a.query.size[3], "key");
