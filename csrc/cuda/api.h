@@ -165,4 +165,57 @@ struct RetentionStep {
 };
 void retention_step(const RetentionStep& arguments, void* stream);
 
+// ---- Linear attention weighted by a Toeplitz matrix, by FFT
+// -------------------------------------------------------------------------------------------------------------
+
+// Token i stands at p_i = (i / grid_w)(2 grid_w - 1) + i % grid_w, and the entry of query i and key j is p_j - p_i +
+// (grid_h - 1)(2 grid_w - 1) + grid_w - 1. A sequence is a grid of one row.
+struct Toeplitz {
+  Tensor query, key;  // features (B, H, N, M), any strides, one dtype
+  Tensor value;       // (B, H, N, D), any strides
+  const float* bias;  // (H, (2 grid_h - 1)(2 grid_w - 1)) contiguous
+  int64_t grid_h, grid_w;
+  bool is_causal;
+  bool in_double;  // transforms
+  double eps;
+  Tensor output;      // as value
+  float* normalizer;  // (B, H, N) contiguous, eps included
+};
+int64_t toeplitz_fft_workspace(const Toeplitz& arguments);
+void toeplitz_fft(const Toeplitz& arguments, void* workspace, void* stream);
+
+struct ToeplitzGradient {
+  Toeplitz of;  // with output and normalizer of the forward pass
+  Tensor grad_output;
+  Tensor grad_query, grad_key, grad_value;
+  float* grad_bias;  // as bias, or null
+};
+int64_t toeplitz_fft_gradient_workspace(const ToeplitzGradient& arguments);
+void toeplitz_fft_gradient(const ToeplitzGradient& arguments, void* workspace, void* stream);
+
+// ---- Random features
+// -------------------------------------------------------------------------------------------------------------
+
+enum class FeatureShift : int32_t { kNone, kRow, kHead };
+
+struct FeatureMap {
+  Tensor x;                 // (B, H, N, D), any strides, D <= 256
+  const float* projection;  // (H, M, D) contiguous
+  int64_t directions;       // M
+  const bool* mask;         // (B, N) contiguous, true: a row of zeros; or null
+  bool trigonometric, normalize;
+  FeatureShift shift;
+};
+int64_t feature_map_workspace(const FeatureMap& arguments);
+void feature_map(const FeatureMap& arguments, const Tensor& features, void* workspace, void* stream);
+
+struct FeatureMapGradient {
+  FeatureMap of;
+  Tensor grad_features, features;  // (B, H, N, M or 2 M), any strides
+  Tensor grad_x;
+  float* grad_projection;  // (H, M, D)
+};
+int64_t feature_map_gradient_workspace(const FeatureMapGradient& arguments);
+void feature_map_gradient(const FeatureMapGradient& arguments, void* workspace, void* stream);
+
 }  // namespace effattn::cuda

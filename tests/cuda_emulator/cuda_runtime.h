@@ -32,6 +32,13 @@ using std::min;
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 
+namespace effattn::cuda {  // newer C libraries have these too, and a kernel finds its own namespace's first
+inline double sinpi(double x) { return sin(M_PI * x); }
+inline double cospi(double x) { return cos(M_PI * x); }
+inline float sinpif(float x) { return static_cast<float>(sinpi(static_cast<double>(x))); }
+inline float cospif(float x) { return static_cast<float>(cospi(static_cast<double>(x))); }
+}  // namespace effattn::cuda
+
 #include "emulator.h"
 
 #define threadIdx (::effattn::cuda::emulator::current->index)
