@@ -30,7 +30,11 @@ WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient
 TOEPLITZ = (*(f"toeplitz_{kernel}" for kernel in ENGINE[:3]), "toeplitz_bias_gradient")
 FEATURES = ("map_features", "head_maxima", "feature_gradient", "direction_gradient")
 PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan", *TOEPLITZ, *FEATURES)
-COLUMNS_FIRST = ("key_value_gradient", "linear_forward", "direction_gradient")  # the second number is the product's rows
+COLUMNS_FIRST = (
+    "key_value_gradient",
+    "linear_forward",
+    "direction_gradient",
+)  # the second number is the product's rows
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
 
