@@ -1,8 +1,9 @@
 """Linear attention weighted by a Toeplitz matrix, the direct method: every pair of a query and a key, in tiles.
 
     c = exp(b - max b)    W_ij = (q_i . k_j) c_{j-i}    n_i = sum_j W_ij + eps    O_i = sum_j W_ij v_j / n_i
-    delta_i = g_i . o_i    D_ij = (g_i . v_j - delta_i) / n_i                       g the gradient of O
-    dv_j = sum_i W_ij g_i / n_i    dk_j = sum_i c D_ij q_i    dq_i = sum_j c D_ij k_j    db_t = c_t sum over the diagonal of (q_i . k_j) D_ij
+    delta_i = g_i . o_i    D_ij = (g_i . v_j - delta_i) / n_i    g the gradient of O
+    dv_j = sum_i W_ij g_i / n_i    dk_j = sum_i c D_ij q_i    dq_i = sum_j c D_ij k_j
+    db_t = c_t sum over the diagonal of (q_i . k_j) D_ij
 
 q and k are features (B, H, N, M), v is (B, H, N, D). Token i of an (h, w) grid stands at p_i = i + (i // w)(w - 1), and the pair's
 entry of the flattened (2h - 1)(2w - 1) table is p_j - p_i + p_{N-1}: a vector of positions a tile, one subtraction and one gather an
