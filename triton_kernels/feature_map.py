@@ -32,7 +32,7 @@ import triton.language as tl
 from . import configurations as table
 from .cross_shaped_window_gradients import sum_partials
 from .tiles import _locate, _rows, _store_rows, matmul, narrow
-from .toeplitz import weigh
+from .toeplitz_kernels import weigh
 
 NONE, ROW, HEAD = range(3)  # of shift
 
@@ -53,7 +53,19 @@ REDUCE = C(32, 0, 64, 4, 1)
 
 
 @triton.jit
-def products(x, strides, projection, i, valid, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def products(
+    x,
+    strides,
+    projection,
+    i,
+    valid,
+    HEAD_DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(x W^T, |x|^2) of rows x and the directions of their head."""
     f = tl.arange(0, BLOCK_F)
     product = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
@@ -82,7 +94,17 @@ def inverse_length(squared):
 
 
 @triton.jit
-def exponents(product, squared, i, valid, mask, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, TRIGONOMETRIC: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
+def exponents(
+    product,
+    squared,
+    i,
+    valid,
+    mask,
+    FEATURES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    TRIGONOMETRIC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """(products, exponents: of each feature, or trigonometric of each row); -inf of a masked row and past the features."""
     half = squared * 0.5
     if NORMALIZE:
@@ -122,7 +144,9 @@ def feature_pointers(pointer, strides, i, f):
 
 
 @triton.jit
-def product_gradient(grad, features, grad_strides, strides, i, f, exists, FEATURES: tl.constexpr, TRIGONOMETRIC: tl.constexpr):  # fmt: skip
+def product_gradient(
+    grad, features, grad_strides, strides, i, f, exists, FEATURES: tl.constexpr, TRIGONOMETRIC: tl.constexpr
+):
     """(G, g phi summed over what belongs to a direction) at i x f, which broadcast."""
     g = tl.load(feature_pointers(grad, grad_strides, i, f), mask=exists, other=0.0).to(tl.float32)
     phi = tl.load(feature_pointers(features, strides, i, f), mask=exists, other=0.0).to(tl.float32)
