@@ -134,10 +134,12 @@ def test_a_row_of_nothing_but_minus_infinity_gives_zero_and_no_gradient(grid):
         assert (out[:, 1, :3] == 0).all() and (got[0][:, 1, :3] == 0).all() and (got[4][1] != 0).any()
 
 
-# ---- grids: of every way in which rows of the tables are reached ----
+# ---- grids: of every way in which rows of the tables are reached; those of 3 x 150 are staged (urpe_policy.h) ----
 
 GRIDS = pytest.mark.parametrize(
-    "grid", [(1, 40), (40, 1), (5, 7), (14, 14), (9, 40), (24, 24), (70, 3)], ids=lambda grid: f"{grid[0]}x{grid[1]}"
+    "grid",
+    [(1, 40), (40, 1), (5, 7), (14, 14), (9, 40), (24, 24), (70, 3), (3, 150)],
+    ids=lambda grid: f"{grid[0]}x{grid[1]}",
 )
 
 

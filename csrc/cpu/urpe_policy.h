@@ -36,7 +36,7 @@ struct RelativeGrid {
 
 template <bool kBias, bool kWeights>
 class RelativePolicy : public WholeSequence {
-  static constexpr int64_t kExpandedBytes = 192 << 10;
+  static constexpr int64_t kExpandedBytes = 320 << 10;
   static constexpr int64_t kStagedPitch = kKeyBlock + kLanes;
 
  public:

@@ -103,7 +103,7 @@ void urpe_kernels(DType dtype) {
   relative(dtype, 13, 1, 33, false, true, true, Layout::kStrided);
   relative(dtype, 5, 7, 16, true, false, false, Layout::kExpanded);
   relative(dtype, 3, 90, 8, true, true, false, Layout::kContiguous);
-  relative(dtype, 7, 60, 8, true, true, true, Layout::kContiguous);  // staged rows
+  relative(dtype, 2, 170, 8, true, true, true, Layout::kContiguous);  // staged rows
   relative(dtype, 1, 50, 64, false, false, true, Layout::kStrided);
   const FeatureShift shifts[] = {FeatureShift::kNone, FeatureShift::kRow, FeatureShift::kHead};
   for (const FeatureShift shift : shifts)
