@@ -162,7 +162,6 @@ def cases():
         ("toeplitz", "sm_90", "bfloat16", 64, ("toeplitz_forward", "toeplitz_key_value_gradient")),
         ("toeplitz_32", "sm_100", "bfloat16", 64, ("toeplitz_query_gradient",)),
         ("toeplitz_causal", "sm_120", "bfloat16", 100, ("toeplitz_bias_gradient",)),
-        ("toeplitz", "sm_80", "bfloat16", 256, ("toeplitz_forward",)),
         ("feature_map", "sm_90", "bfloat16", 64, ("map_features", "direction_gradient")),
         ("feature_map_256", "sm_80", "bfloat16", 256, ("feature_gradient",)),
     ]

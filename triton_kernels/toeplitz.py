@@ -47,7 +47,12 @@ def _configuration(kernel, query, value):
     fills = key_dim == table.block_d(key_dim) and value_dim == table.block_d(value_dim)
     if kernel == "forward" and query.dtype == torch.float16 and max(key_dim, value_dim) > 64:
         fills = False  # operands of TF32 take twice the registers
-    return table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
+    config = table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
+    if kernel == "parameter_gradient" and not fills and config.block_m == 32:  # pointers of narrow loads are many
+        if table.architecture(query.device) == "sm_120" and max(key_dim, value_dim) > 64:
+            return config._replace(block_m=16, block_n=16)
+        return config._replace(num_warps=8)
+    return config
 
 
 def _options(query, value, is_causal, *tensors) -> dict:
