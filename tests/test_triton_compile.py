@@ -3,7 +3,8 @@ chip's memories, on its matrix units.
 
 The compiler runs in a subprocess: under TRITON_INTERPRET, which the other tests set, nothing compiles. By default every 16-bit
 configuration of the tile engine is compiled for every CUDA chip at the largest head_dim that takes it (lean ones with the
-Gaussian mixture, the others with the masked product), every fp32 one for one chip, and a sample of the rest.
+Gaussian mixture, the others with the masked product; what both take, once), every fp32 one for one chip, and a sample of the
+rest.
 `EFFATTN_COMPILE=all` compiles every operation for every chip, at head_dims that fill their block and that do not: about an
 hour on two cores.
 """

@@ -10,9 +10,8 @@ a 64-wide tile touches a few table rows) make an element's M; no division, no ex
 table's last entry, M = 1, and tokens past the end do the same.
 
 Parameters. dM = scale * dZ * S is wanted summed against G_k and G_k r2. Pairs of patches of the grid with the same offset (patches.py) see the same
-BLOCK x BLOCK piece of the table. One program owns (head, offset, split), keeps that piece and the
-sum of dM over batch and pairs in registers (4 D FLOPs and one multiply-add an element), and contracts with the K Gaussians once, at the end:
-exact for any K at K exps per program. The partial sums (H, K, 2, programs) are then added in order by one program per (k, h).
+BLOCK x BLOCK piece of the table. One program owns (head, offset, split), keeps that piece and the sum of dM over batch and pairs in registers (4 D
+FLOPs and one multiply-add an element), and contracts with the K Gaussians once, at the end: exact for any K at K exps per program. The partial sums (H, K, 2, programs) are then added in order by one program per (k, h).
 
 masked_product. One program owns a BLOCK x BLOCK tile of the weight and walks the batch (and the heads, if they share it).
 """

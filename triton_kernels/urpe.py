@@ -9,14 +9,16 @@ is read at p_j - p_i + its middle: one subtraction and one gather per element an
 BLOCK_N - 1 entries (on a grid a few rows of them), L1 hits. A table that is absent is not compiled in.
 
 Tables. Summing the diagonals of every tile would cost a shear, BLOCK^2 elements through shared memory, per tile. Tiles at the
-same offset meet the same differences (patches.py), so one program owns (head, offset, split), adds its tiles elementwise
-in registers and shears once, at the end; that costs S and dO V^T again (4 D FLOPs an element, on the matrix units) and no tile of
-sums ever leaves the chip. Row r of the sheared tile begins at its diagonal: column t holds j - i = t, or t - BLOCK past the end of the row.
-On a patch of width w, j - i = t are the differences (t / w, t % w) and, where the column of j is left of i's, (t / w + 1, t % w - w): with
-the halves of the shear four sums over rows, DIAGONALS x BLOCK floats per program. The second stage, one program per LANES entries of a head's
-table, adds an entry's share of each of at most four offsets, split by split, in order. Nothing is atomic.
+same offset meet the same differences (patches.py), so one program owns (head, offset, split), adds its tiles elementwise in
+registers and shears once, at the end; that costs S and dO V^T again (4 D FLOPs an element, on the matrix units), and no tile of
+sums ever leaves the chip. Row r of the sheared tile begins at its diagonal: column t holds j - i = t, or t - BLOCK past the end
+of the row. On a patch of width w, j - i = t are the differences (t / w, t % w) and, where the column of j is left of i's,
+(t / w + 1, t % w - w): with the halves of the shear four sums over rows, DIAGONALS x BLOCK floats per program. The second stage,
+one program per LANES entries of a head's table, adds an entry's share of each of at most four offsets, split by split, in order.
+Nothing is atomic.
 
-Partial sums take 16 BLOCK bytes per table, head, offset and split: (2 N / BLOCK - 1) offsets of a sequence, 32 N bytes, against the output's N D e.
+Partial sums take 16 BLOCK bytes per table, head, offset and split: a sequence has 2 N / BLOCK - 1 offsets, which makes 32 N bytes
+a split, against the output's N D e for each example of the batch.
 FLOPs per (b, h): forward 4 N^2 D, backward 18 N^2 D (14 without tables); causal about half. Bytes are the engine's (tiles.py).
 """
 
