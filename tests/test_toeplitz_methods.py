@@ -94,12 +94,13 @@ def test_where_transforms_are_free_accuracy_decides():
         return plan(nats / 2 * ramp + noise, (1, 200), False, request, tolerance)[0]
 
     assert chosen(0, 1e-4) == toeplitz_methods.FFT
-    assert chosen(14, 1e-4) == toeplitz_methods.DOUBLE_FFT
+    assert chosen(14, 1e-6) == toeplitz_methods.DOUBLE_FFT
     assert chosen(80, 1e-4) == toeplitz_methods.DIRECT
     assert chosen(80, 1e-4, FFT) == 0
     assert chosen(0, 1e-4, DIRECT) == toeplitz_methods.DIRECT
     for dtype, wanted in ((torch.bfloat16, toeplitz_methods.FFT), (torch.float32, toeplitz_methods.DOUBLE_FFT)):
-        assert chosen(0, toeplitz_methods.TOLERANCE[dtype]) == wanted
+        assert chosen(6, toeplitz_methods.TOLERANCE[dtype]) == wanted
+    assert chosen(0, toeplitz_methods.TOLERANCE[torch.float32]) == toeplitz_methods.FFT
 
 
 def test_time_decides_between_methods_that_are_accurate():

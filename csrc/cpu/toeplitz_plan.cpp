@@ -5,19 +5,17 @@
 //
 // Every element of a convolution by FFT has an error of about eps ||c||_2 ||x||_2 / sqrt(N), whatever its own size, and
 // is divided by a normalizer that goes with C_i: a row that sees only small weights, as the first rows of a causal
-// bias that grows with the distance do, loses its digits. Gradients divide by the same normalizers. Measured against
-// float64 over flat, random, rising, falling, ALiBi-like and peaked biases, causal or not, A eps times 0.01 to 3 is the
-// largest error of output, dq, dk, dv and db, relative to the largest element of each.
+// bias that grows with the distance do, loses its digits. Gradients divide by the same normalizers. kappa:
+// toeplitz_fft_error.h.
 //
 // Sums over the keys of a row are rectangles of the table: its 2-D prefix sums, in double.
 #include "scratch.h"
+#include "toeplitz_fft_error.h"
 #include "toeplitz_structure.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace toeplitz {
 namespace {
-
-constexpr double kFftError = 4.0, kDoubleFftError = 4.0;  // kappa
 
 // The shortest 2^a 3^b 5^c of at least `least`.
 int64_t transform_length(int64_t least) {

@@ -396,18 +396,16 @@ def _method_on_gpu(query, value, entries, size, is_causal, backend: str) -> str:
 
 def _attend(op, backend, query, key, value, entries, size, is_causal, method, eps) -> Tensor:
     plan, kernel = None, methods.DIRECT
-    if backend == "cuda":
-        kernel = methods.DOUBLE_FFT
-        if not torch.compiler.is_compiling():
-            plan, report = methods.planned(entries, query, value, size, is_causal, "fft")
-            kernel, plan = plan.item(), None
-            if not kernel:
-                methods.refuse(op, "fft", report)
-    elif backend == "cpu" and method != "direct":
-        plan, report = methods.planned(entries, query, value, size, is_causal, method)
-        kernel = methods.BY_PLAN
-        if not torch.compiler.is_compiling() and method != "auto" and not plan.item():
-            methods.refuse(op, method, report)
+    if backend == "cuda" or (backend == "cpu" and method != "direct"):
+        asked = "fft" if backend == "cuda" else method
+        plan, report = methods.planned(entries, query, value, size, is_causal, asked)
+        kernel = methods.BY_PLAN if asked == "auto" else methods.known(plan)
+        if kernel == 0 and asked != "auto":
+            methods.refuse(op, asked, report)
+        if backend == "cuda":  # whose kernels take no plan; where it is not known yet, the accurate one
+            plan, kernel = None, methods.DOUBLE_FFT if kernel is None else kernel
+        else:
+            kernel = methods.BY_PLAN
     needs_bias_gradient = torch.is_grad_enabled() and entries.requires_grad
     return toeplitz(
         backend, query, key, value, entries, plan, *size, is_causal, kernel, float(eps), needs_bias_gradient
