@@ -69,7 +69,10 @@ def test_explicit_backend_is_the_one_that_runs(case, backend, request):
 
 
 UNSERVED = {
-    "float64": (lambda a: {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in a.items()}, "float64"),
+    "float64": (
+        lambda a: {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in a.items()},
+        "float64",
+    ),
     "head_dim 257": (
         lambda a: {
             **{

@@ -348,7 +348,7 @@ def test_auto_meets_the_accuracy_rule_for_a_thousand_random_biases(monkeypatch):
         except AssertionError as error:
             misses.append(f"{index}: {tokens} tokens, {span:.1f} nats, {options}: {error}")
     assert not misses, "\n".join(misses[:10]) + f"\n{len(misses)} in all; {taken}"
-    assert min(taken["direct"], taken["fft in float64"]) > 100, taken
+    assert min(taken["direct"], taken["fft in float64"], taken["fft"]) > 50, taken
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

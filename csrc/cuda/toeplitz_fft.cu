@@ -46,11 +46,50 @@ __global__ void __launch_bounds__(kThreads) round_kernel(const Complex<double>* 
   store_complex(to + i, {static_cast<R>(x.re), static_cast<R>(x.im)});
 }
 
+__global__ void __launch_bounds__(kThreads) norm_kernel(const Complex<double>* weights, int log_length, double* norm) {
+  SharedMemory shared;
+  const auto scratch = shared.array<double>(kThreads / kWarp);
+  const int64_t length = int64_t{1} << log_length;
+  double sum = 0;
+  for (int64_t i = thread_index(); i < length; i += kThreads) {
+    const double weight = weights[blockIdx.x * length + i].re;
+    sum += weight * weight;
+  }
+  sum = block_reduce(sum, Sum(), scratch);
+  if (thread_index() == 0) norm[blockIdx.x] = sqrt(sum) * static_cast<double>(length);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) column_norms_kernel(Columns<R> columns, R* norms) {
+  SharedMemory shared;
+  const auto scratch = shared.array<R>(kThreads / kWarp);
+  const R* const column = columns.at(blockIdx.x / columns.count, blockIdx.x % columns.count);
+  R sum = 0;
+  for (int i = thread_index(); i < columns.tokens; i += kThreads) sum += column[i] * column[i];
+  sum = block_reduce(sum, Sum(), scratch);
+  if (thread_index() == 0) norms[blockIdx.x] = sqrt(sum);
+}
+
+// The error of a convolution is absolute, about eps ||c|| ||k_m||: a normalizer below it is none.
+template <class R>
+__global__ void __launch_bounds__(kThreads) silence_kernel(Columns<R> query, const R* key_norms, const double* norm,
+    int64_t first_plane, int64_t heads, int64_t rows, Columns<R> sums) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + thread_index();
+  if (row >= rows) return;
+  const int64_t plane = row / query.tokens, token = row % query.tokens;
+  R level = 0;
+  for (int m = 0; m < query.count; ++m) level += abs(query.at(plane, m)[token]) * key_norms[plane * query.count + m];
+  level *=
+      static_cast<R>(2 * norm[(first_plane + plane) % heads]) * (sizeof(R) == sizeof(float) ? R(0x1p-23) : R(0x1p-52));
+  R& normalizer = sums.at(plane, sums.count - 1)[token];
+  if (abs(normalizer) <= level) normalizer = 0;
+}
+
 template <class R>
 struct Memory {
   Kernel<R> kernel;
   int64_t planes, slots;  // at once
-  R *query, *key, *value, *sums;
+  R *query, *key, *value, *sums, *key_norms;
   Complex<R>* scratch;
 };
 
@@ -62,6 +101,7 @@ Memory<R> memory_of(const Toeplitz& a, Arena& arena) {
   memory.planes = planes_at_once<R>(a.query.size[0] * a.query.size[1], tokens, 2 * (features + width + 1));
   memory.query = arena.take<R>(memory.planes * features * tokens);
   memory.key = arena.take<R>(memory.planes * features * tokens);
+  memory.key_norms = arena.take<R>(memory.planes * features);
   memory.value = arena.take<R>(memory.planes * (width + 1) * tokens);
   memory.sums = arena.take<R>(memory.planes * (width + 1) * tokens);
   if (outer_passes_of<R>(memory.kernel.log_length) > 0) {
@@ -92,6 +132,11 @@ void run(const Toeplitz& a, void* workspace, cudaStream_t stream) {
     const Convolution<R> convolution = {query, key, value, sums, memory.kernel.spectrum, memory.kernel.roots, planes,
         first, a.query.size[1], places_of(a), memory.kernel.log_length, false};
     convolve(convolution, memory.scratch, memory.slots, stream);
+    launch(column_norms_kernel<R>, dim3(static_cast<unsigned>(planes * key.count)), dim3(kThreads),
+        shared_bytes<R>(kThreads / kWarp), stream, key, memory.key_norms);
+    launch(silence_kernel<R>, dim3(blocks_for(planes * tokens, kThreads)), dim3(kThreads), 0, stream, query,
+        static_cast<const R*>(memory.key_norms), static_cast<const double*>(memory.kernel.norm), first, a.query.size[1],
+        planes * tokens, sums);
     unpack_columns(sums, first, planes, a.output, a.normalizer, a.eps, stream);
   }
 }
@@ -106,6 +151,8 @@ void make_kernel(const Toeplitz& a, const Kernel<R>& kernel, cudaStream_t stream
       stream, a.bias, 2 * int64_t{places.count} - 1, kernel.highest);
   launch(weights_kernel, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, a.bias,
       static_cast<const double*>(kernel.highest), places.count, a.is_causal, kernel.log_length, count, kernel.exact);
+  launch(norm_kernel, dim3(static_cast<unsigned>(heads)), dim3(kThreads), shared_bytes<double>(kThreads / kWarp),
+      stream, static_cast<const Complex<double>*>(kernel.exact), kernel.log_length, kernel.norm);
   make_roots(kernel.exact_roots, kernel.log_length, stream);
   const int outer = outer_passes_of<double>(kernel.log_length);
   outer_passes(kernel.exact, heads, kernel.log_length, 0, outer, false, kernel.exact_roots, stream);

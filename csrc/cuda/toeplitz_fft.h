@@ -164,6 +164,7 @@ template <class R>
 struct Kernel {
   Complex<R>*spectrum, *roots;
   double* highest;                      // max b, one a head; 0 where there is none
+  double* norm;                         // of c, one a head
   Complex<double>*exact, *exact_roots;  // the same in double
   int log_length;
 };
@@ -214,6 +215,7 @@ Kernel<R> take_kernel(const Toeplitz& a, Arena& arena) {
   Kernel<R> kernel = {};
   kernel.log_length = log_length;
   kernel.highest = arena.take<double>(heads);
+  kernel.norm = arena.take<double>(heads);
   kernel.exact = arena.take<Complex<double>>(heads * length);
   kernel.exact_roots = arena.take<Complex<double>>(roots);
   if constexpr (sizeof(R) == sizeof(double)) {

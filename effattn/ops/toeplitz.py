@@ -402,8 +402,9 @@ def _attend(op, backend, query, key, value, entries, size, is_causal, method, ep
         kernel = methods.BY_PLAN if asked == "auto" else methods.known(plan)
         if kernel == 0 and asked != "auto":
             methods.refuse(op, asked, report)
-        if backend == "cuda":  # whose kernels take no plan; where it is not known yet, the accurate one
-            plan, kernel = None, methods.DOUBLE_FFT if kernel is None else kernel
+        if backend == "cuda":  # whose kernels take no plan; float32 is in float64 whether a plan is known or not
+            rounds = kernel is not None and value.dtype != torch.float32
+            plan, kernel = None, kernel if rounds else methods.DOUBLE_FFT
         else:
             kernel = methods.BY_PLAN
     needs_bias_gradient = torch.is_grad_enabled() and entries.requires_grad

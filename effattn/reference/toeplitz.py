@@ -38,9 +38,10 @@ def relative_weights(bias: Tensor, dim: int = -1) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x|; a row of zeros stays."""
-    squared = x.square().sum(-1, keepdim=True)
-    return torch.where(squared > 0, x * torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0)
+    """x / |x|, of at least float32, since squares leave the range of float16; a row of zeros stays."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    squared = exact.square().sum(-1, keepdim=True)
+    return torch.where(squared > 0, exact * torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0).to(x.dtype)
 
 
 def feature_map(
