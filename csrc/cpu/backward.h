@@ -29,9 +29,9 @@ namespace effattn::EFFATTN_ISA {
 
 // Family: using Policy (the forward's); static constexpr bool kMultiplies: transform(s) = slope * s, otherwise the
 // slope is scale * log2 e everywhere; using Sink: NoParameterGradient, or one per thread with
-//   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task); a sink that stages rows
-//   (kStagesRows) has instead of add: row(row, i) and weights_row(row, i), where dLogit and dW of up to six rows are
-//   written, each null where it is not wanted, and fold(row, rows, key, keys) after them.
+//   Sink(const Policy&, const Shared&), begin(task), add<kPlain>(tile, r, v, dSlope), end(task); a sink that stages
+//   rows (kStagesRows) has instead of add: row(row, i) and weights_row(row, i), where dLogit and dW of up to six rows
+//   are written, each null where it is not wanted, and fold(row, rows, key, keys) after them.
 //
 // A family of windows says so (kWindows) and has tasks of its own, WindowChunks: a task is (head, chunk of the windows
 // of all images). Each window is one problem that no other task shares, its dQ, dK and dV are stored at once; its rows
