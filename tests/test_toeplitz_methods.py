@@ -161,7 +161,7 @@ def test_a_bias_that_a_method_cannot_serve_is_refused():
     options = {"backend": "cpu", "method": "fft"}
     with pytest.raises(ValueError, match=r"method must not be 'fft'.*range of 60\.0 nats.*allowed: 'auto' or 'direct'"):
         effattn.toeplitz_linear_attention(query, key, value, torch.linspace(0, 60, 119).expand(2, -1), **options)
-    with pytest.raises(ValueError, match="method must not be 'structured'.*allowed: 'auto', 'direct' or 'fft'"):
+    with pytest.raises(ValueError, match=r"method must not be 'structured'.*allowed: 'auto', 'direct' or 'fft'"):
         effattn.toeplitz_linear_attention(query, key, value, torch.randn(2, 119), backend="cpu", method="structured")
 
 
@@ -286,7 +286,8 @@ def test_structured_gives_rows_without_weight_zero():
     bias[1] = 0.0
     output = Structured()({**given, "rpe_bias": bias}, {"eps": 0.0}, "cpu")
     gradients = torch.autograd.grad(output.sum(), given.values())
-    assert not output[:, 0].any() and output[:, 1].all()
+    assert not output[:, 0].any()
+    assert output[:, 1].all()
     assert all(not gradient[:, 0].any() and gradient.isfinite().all() for gradient in gradients)
 
 
@@ -328,7 +329,7 @@ def good(values, **changes):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         (lambda: "", "is ignored"),
         (lambda: '{"half": ', "is ignored"),
@@ -347,7 +348,8 @@ def test_a_file_of_something_else_is_ignored_and_logged(own_cache, caplog, text,
     assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
     assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
     (record,) = caplog.records
-    assert record.levelno == logging.INFO and message in record.getMessage()
+    assert record.levelno == logging.INFO
+    assert message in record.getMessage()
     assert str(own_cache) in record.getMessage()
 
 
@@ -405,6 +407,7 @@ def test_tune_prints_costs_before_and_now_and_the_crossover(pretended, capsys):
         assert line.split() == [name, f"{old:.4f}", f"{new:.4f}"]
     crossover = toeplitz_costs.crossover(pretended)
     faster = [toeplitz_methods.predicted(pretended, n, 32, 64) for n in (crossover - 1, crossover)]
-    assert faster[0][1] >= faster[0][0] and faster[1][1] < faster[1][0]
+    assert faster[0][1] >= faster[0][0]
+    assert faster[1][1] < faster[1][0]
     assert f"N = {crossover} now" in shown
     assert toeplitz_costs.crossover((1e-9, 1, 1, 1)) is None

@@ -4,8 +4,9 @@ no GPU) against the float64 reference."""
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 from effattn.triton_kernels import feature_map as feature_kernels
 from effattn.triton_kernels import toeplitz as kernels

@@ -492,7 +492,7 @@ def parameter_gradient(
         if TERM_GRADIENT is not None:
             grad_logits = p * (WEIGH(dw, term) - deltas[:, None])
             total += tl.where(j_valid[None, :], TERM_GRADIENT(grad_logits, score, term), 0.0)
-    if WEIGH_GRADIENT:
+    if WEIGH_GRADIENT:  # noqa: SIM108 - decided when it is compiled
         sums = (total, weigh_total)
     else:
         sums = total
