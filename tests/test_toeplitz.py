@@ -408,6 +408,15 @@ def test_auto_takes_the_direct_method_of_a_short_sequence_and_another_of_a_long_
     assert chosen(65536).startswith("fft")
 
 
+def test_auto_leaves_the_structured_method_out_where_the_bias_is_trained():
+    require(OP, "cpu")
+    tensors = alibi(draw("cpu", tokens=2000, features=32, value_dim=32))
+    for trained in (False, True):
+        bias = tensors["rpe_bias"].requires_grad_(trained) * 0.01
+        plan, _ = toeplitz_methods.planned(bias, tensors["query"], tensors["value"], (1, 2000), False, "auto")
+        assert (plan.item() == toeplitz_methods.STRUCTURED) != trained
+
+
 def test_explain_states_the_method_its_reason_and_the_cost_of_each(capsys):
     require(OP, "cpu")
     tensors = draw("cpu")

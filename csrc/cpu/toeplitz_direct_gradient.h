@@ -3,9 +3,6 @@
 //   s_ij = q_i . k_j,  delta_i = g_i . o_i,  P_ij = c_ij s_ij / n_i,  E_ij = c_ij (g_i . v_j - delta_i) / n_i
 //   dV = P^T g,  dQ = E K,  dK = E^T Q,  db_t = sum of s_ij E_ij over j - i = t (g is dO)
 //
-// With eps the shift by max b does not cancel: its gradient, - sum_t db_t = - sum_i delta_i eps / n_i, goes to the
-// largest entries.
-//
 // A task is (head, batch, chunk of keys); it owns its rows of dK and dV. Per block of 192 keys and block of 96 queries,
 // in micro-tiles of 6 x 64 (AVX-512; float32 6 x 32 in two chains):
 //
@@ -44,7 +41,6 @@ struct EntrySums {
 struct Partials {
   KeyChunks chunks;
   double* entries;    // [head][batch][chunk][EntrySums::doubles]
-  double* shift;      // [head][batch]: the sum of db
   float* grad_query;  // [head][batch][chunk][padded queries][pitch]; null with one chunk
 };
 
@@ -185,21 +181,12 @@ class DirectBackward {
       key += block;
     }
     settle();
-    if (chunk == 0) partials_.shift[pair] = sum_of_shift();
     store_rows(
         matrix_at(grad_.key, batch_, head_, first_key_), chunk_keys_, grad_key_, pitch_, broadcast(1.f), features_);
     store_rows(matrix_at(grad_.value, batch_, head_, first_key_), chunk_keys_, grad_value_, value_pitch_,
         broadcast(1.f), value_dim_);
     if (!partials_.grad_query)
       store_rows(matrix_at(grad_.query, batch_, head_), tokens_, grad_query_, pitch_, broadcast(1.f), features_);
-  }
-
-  double sum_of_shift() const {
-    double sum = 0.0;
-    if (a_.eps != 0.0)
-      for (int64_t r = 0; r < tokens_; ++r)
-        sum += static_cast<double>(delta_[r]) * static_cast<double>(inverse_[r]) * a_.eps;
-    return sum;
   }
 
   void tile_pair(int64_t row, int64_t rows, int64_t key, int64_t block) {
@@ -351,25 +338,15 @@ class DirectBackward {
   double* entries_ = nullptr;
 };
 
-// db of a head: its tasks in order, then what the shift by the largest entry takes.
+// db of a head: its tasks in order.
 inline void reduce_entries(const Toeplitz& a, const ToeplitzGrad& grad, const Partials& partials,
     const Positions& positions, int64_t head, double* sums) {
   const int64_t batches = a.query.size[0], tasks = batches * partials.chunks.chunks, entries = positions.entries;
-  const float* bias = a.bias + head * entries;
   float* to = grad.bias + head * entries;
   memset(sums, 0, entries * sizeof(double));
   for (int64_t task = 0; task < tasks; ++task) {
     const double* from = partials.entries + (head * tasks + task) * EntrySums::doubles(positions) + EntrySums::kBefore;
     for (int64_t e = 0; e < entries; ++e) sums[e] += from[e];
-  }
-  if (a.eps != 0.0) {
-    double total = 0.0;
-    int64_t count = 0;
-    const double highest = highest_entry(bias, entries);
-    for (int64_t b = 0; b < batches; ++b) total += partials.shift[head * batches + b];
-    for (int64_t e = 0; e < entries; ++e) count += static_cast<double>(bias[e]) == highest;
-    for (int64_t e = 0; e < entries; ++e)
-      if (static_cast<double>(bias[e]) == highest) sums[e] -= total / static_cast<double>(count);
   }
   for (int64_t e = 0; e < entries; ++e) to[e] = static_cast<float>(sums[e]);
 }
@@ -385,9 +362,8 @@ inline void direct_backward(const Toeplitz& a, const ToeplitzGrad& grad, const R
   const int64_t query_floats = Engine::padded_queries(tokens) * Engine::pitch(features);
   const double flops = (a.is_causal ? 1.0 : 2.0) * static_cast<double>(pairs * tokens) *
                        static_cast<double>(tokens * (3 * features + 2 * a.value.size[3]));
-  Buffer entries, shift, grad_query;
+  Buffer entries, grad_query;
   const Partials partials = {chunks, entries.reserve<double>(larger(tasks, 1) * EntrySums::doubles(positions)),
-      shift.reserve<double>(larger(pairs, 1)),
       chunks.chunks > 1 ? grad_query.reserve<float>(tasks * query_floats) : nullptr};
   for_ranges(runtime, tasks, flops, [&](int64_t begin, int64_t end) { Engine(a, grad, partials).run(begin, end); });
   for_ranges(

@@ -7,8 +7,7 @@
 // U the transform of q_m (G, -delta)_e, X that of k_m (v, 1)_e, two columns e at a time: what the pair's cross terms
 // leave is imaginary. The sum is made in double, wave by wave and in order, in the spectrum, one a head, and one
 // inverse transform follows. FLOPs for each (b, h): three times those of the forward pass, and once more for db, in
-// global memory whatever L is. A row with a normalizer of 0 has G = delta = 0. With eps the shift by max b does not
-// cancel: - sum_tau db_tau goes to the largest entries.
+// global memory whatever L is. A row with a normalizer of 0 has G = delta = 0.
 #include "toeplitz_fft.h"
 
 namespace effattn::cuda {
@@ -93,24 +92,6 @@ __global__ void __launch_bounds__(kThreads) bias_kernel(Table table, int64_t cou
   if (i < count) grad_bias[i] = static_cast<float>(table.gradient(i / table.entries(), i % table.entries()));
 }
 
-// What the shift by the largest entry takes, from all that are the largest alike; a block a head.
-__global__ void __launch_bounds__(kThreads) shift_kernel(Table table, float* grad_bias) {
-  SharedMemory shared;
-  const auto scratch = shared.array<double>(kWarps);
-  const int64_t head = blockIdx.x, entries = table.entries();
-  const double highest = table.highest[head];
-  double total = 0, count = 0;
-  for (int64_t i = thread_index(); i < entries; i += kThreads) {
-    total += table.gradient(head, i);
-    count += table.bias[head * entries + i] == highest ? 1 : 0;
-  }
-  total = block_reduce(total, Sum(), scratch);
-  count = block_reduce(count, Sum(), scratch);
-  for (int64_t i = thread_index(); i < entries; i += kThreads)
-    if (table.bias[head * entries + i] == highest)
-      grad_bias[head * entries + i] = static_cast<float>(table.gradient(head, i) - total / count);
-}
-
 template <class R>
 struct Memory {
   Kernel<R> kernel;
@@ -176,9 +157,6 @@ void bias_gradient(const ToeplitzGradient& g, const Memory<R>& memory, cudaStrea
   const Table table = {g.of.bias, kernel.highest, memory.sums, places.count, kernel.log_length, g.of.is_causal};
   const int64_t count = heads * table.entries();
   launch(bias_kernel, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, table, count, g.grad_bias);
-  if (g.of.eps != 0)
-    launch(shift_kernel, dim3(static_cast<unsigned>(heads)), dim3(kThreads), shared_bytes<double>(kWarps), stream,
-        table, g.grad_bias);
 }
 
 template <class R>

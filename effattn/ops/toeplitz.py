@@ -395,19 +395,23 @@ def _method_on_gpu(query, value, entries, size, is_causal, backend: str) -> str:
 
 
 def _attend(op, backend, query, key, value, entries, size, is_causal, method, eps) -> Tensor:
-    plan, kernel = None, methods.DIRECT
-    if backend == "cuda" or (backend == "cpu" and method != "direct"):
-        asked = "fft" if backend == "cuda" else method
-        plan, report = methods.planned(entries, query, value, size, is_causal, asked)
-        kernel = methods.BY_PLAN if asked == "auto" else methods.known(plan)
-        if kernel == 0 and asked != "auto":
-            methods.refuse(op, asked, report)
-        if backend == "cuda":  # whose kernels take no plan; float32 is in float64 whether a plan is known or not
-            rounds = kernel is not None and value.dtype != torch.float32
-            plan, kernel = None, kernel if rounds else methods.DOUBLE_FFT
-        else:
-            kernel = methods.BY_PLAN
+    plan, kernel = _kernel_method(op, backend, query, value, entries, size, is_causal, method)
     needs_bias_gradient = torch.is_grad_enabled() and entries.requires_grad
     return toeplitz(
         backend, query, key, value, entries, plan, *size, is_causal, kernel, float(eps), needs_bias_gradient
     )
+
+
+def _kernel_method(op, backend, query, value, entries, size, is_causal, method) -> tuple[Tensor | None, int]:
+    """What the kernels are told: a plan that they look at, or the code of a method."""
+    if backend == "triton" or method == "direct":
+        return None, methods.DIRECT
+    asked = "fft" if backend == "cuda" else method
+    plan, report = methods.planned(entries, query, value, size, is_causal, asked)
+    chosen = None if asked == "auto" else methods.known(plan)
+    if chosen == 0:
+        methods.refuse(op, asked, report)
+    if backend == "cpu":
+        return plan, methods.BY_PLAN
+    # CUDA kernels look at no plan. In float32 they transform in float64 whether the plan is known here or not.
+    return None, chosen if chosen and value.dtype != torch.float32 else methods.DOUBLE_FFT

@@ -67,11 +67,17 @@ def transform_length(least: int) -> int:
 
 
 def planned(bias: Tensor, query: Tensor, value: Tensor, grid, is_causal: bool, method: str) -> tuple[Tensor, Tensor]:
-    """Run ``plan`` for features ``query`` and ``value``; ``bias`` may live on another device."""
+    """Run ``plan`` for features ``query`` and ``value``; ``bias`` may live on another device.
+
+    "auto" does not take the structured method for a bias that is trained, whose gradient is a sum over whole diagonals.
+    """
+    direct_ns, fft_ns, double_fft_ns, scan_ns = costs()
+    if method == "auto" and torch.is_grad_enabled() and bias.requires_grad:
+        scan_ns = float("inf")
     bias = bias.detach().cpu()
     return plan(
         *("cpu", bias, query.shape[0], query.shape[3], value.shape[3], *grid, is_causal, METHODS.index(method)),
-        *(TOLERANCE.get(value.dtype, 0.0), *costs()),
+        *(TOLERANCE.get(value.dtype, 0.0), direct_ns, fft_ns, double_fft_ns, scan_ns),
     )
 
 
