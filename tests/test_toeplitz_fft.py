@@ -26,7 +26,7 @@ def attend(backend, query, key, value, bias, *, method, grid=None, is_causal=Fal
         table = bias if grid is None else bias.view(-1, 2 * grid[0] - 1, 2 * grid[1] - 1)
         return reference.toeplitz_linear_attention(query, key, value, table, grid, is_causal, None, eps)
     height, width = grid or (1, query.shape[2])
-    return toeplitz(backend, query, key, value, bias, None, height, width, is_causal, method, eps)
+    return toeplitz(backend, query, key, value, bias, None, height, width, is_causal, method, eps, True)
 
 
 def draw(tokens, *, batch=1, heads=2, features=5, value_dim=7, grid=None, spread=2.0, dtype=torch.float32, seed=0):
@@ -221,9 +221,9 @@ tokens, features, value_dim, heads = 16384, 32, 64, 2
 query, key, value = (torch.ones(1, heads, tokens, d) for d in (features, features, value_dim))
 bias = torch.zeros(heads, 2 * tokens - 1)
 toeplitz("cpu", *(t[:, :, :64].contiguous() for t in (query, key, value)), bias[:, :127].contiguous(), None, 1, 64,
-         False, 2, 0.0)
+         False, 2, 0.0, False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-output = toeplitz("cpu", query, key, value, bias, None, 1, tokens, False, 2, 0.0)
+output = toeplitz("cpu", query, key, value, bias, None, 1, tokens, False, 2, 0.0, False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - output.nbytes)
 """
 

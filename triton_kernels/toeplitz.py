@@ -43,13 +43,15 @@ SMALL = table.Configuration(LANES, 0, 4, 1)
 
 
 def _configuration(kernel, query, value):
-    key_dim, value_dim = query.shape[3], value.shape[3]
+    key_dim, value_dim, chip = query.shape[3], value.shape[3], table.architecture(query.device)
     fills = key_dim == table.block_d(key_dim) and value_dim == table.block_d(value_dim)
     if kernel == "forward" and query.dtype == torch.float16 and max(key_dim, value_dim) > 64:
         fills = False  # operands of TF32 take twice the registers
+    if (kernel, chip, table.block_d(max(key_dim, value_dim))) == ("key_value_gradient", "sm_100", 128):
+        fills = False  # the larger tile spills
     config = table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
     if kernel == "parameter_gradient" and not fills and config.block_m == 32:  # pointers of narrow loads are many
-        if table.architecture(query.device) == "sm_120" and max(key_dim, value_dim) > 64:
+        if chip == "sm_120" and max(key_dim, value_dim) > 64:
             return config._replace(block_m=16, block_n=16)
         return config._replace(num_warps=8)
     return config

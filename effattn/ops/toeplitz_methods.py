@@ -92,9 +92,11 @@ def refuse(op: str, method: str, report: Tensor) -> None:
     """Raise for a request that no kernel can serve accurately."""
     found = dict(zip(REPORT, report.tolist()))
     if method == "fft":
+        error = found["double_fft_error"]
+        size = f"of {error:.0e} of the largest output" if error < 1 else "as large as the output"
         raise ValueError(
             f"{op}: method must not be 'fft' for this rpe_bias: its range of {found['range']:.1f} nats would give an "
-            f"error of {found['double_fft_error']:.0e} of the largest output even in float64; allowed: 'auto' or 'direct'"
+            f"error {size} even in float64; allowed: 'auto' or 'direct'"
         )
     raise ValueError(
         f"{op}: method must not be 'structured' for this rpe_bias, which is not linear or constant beyond some distance; "
