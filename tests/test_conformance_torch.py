@@ -100,8 +100,8 @@ def test_fake_kernels_tell_shapes_strides_and_dtypes(case, backend, shape):
 def test_compiles_to_one_graph_that_serves_every_length(case, backend):
     if backend == "reference" and case != CASES[case.op][0]:
         pytest.skip("plain PyTorch, once per operator")
-    if case.grids == UNEVEN and backend != "cpu":
-        pytest.skip("plain PyTorch has another graph for each padding, and interpreters are slow on these grids")
+    if is_slow(backend) or (case.grids == UNEVEN and backend != "cpu"):
+        pytest.skip("plain PyTorch has another graph for each padding, and interpreters are slow")
 
     def call(tensors, options):
         return case(tensors, options, backend)

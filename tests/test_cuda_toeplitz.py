@@ -12,6 +12,7 @@ from conformance import LAYOUTS, device_of, place, require
 
 from effattn import _native
 from effattn.ops.toeplitz import SHIFTS, features, toeplitz
+from effattn.ops.toeplitz_checks import relative_entries
 from effattn.ops.toeplitz_methods import DIRECT, DOUBLE_FFT, FFT
 from effattn.reference.toeplitz import feature_map, toeplitz_linear_attention
 
@@ -51,10 +52,11 @@ def draw(shape, dtype=torch.float32, grid=None, seed=0):
 
 
 def call(leaves, gradient, method, grid=None, is_causal=False, eps=0.0):
-    """Output and gradients by name."""
+    """Output and gradients by name; with eps the maximum of the bias is subtracted outside of the kernels."""
     leaves = [t.detach().to(device_of("cuda")).requires_grad_() for t in leaves]
     size = grid or (1, leaves[0].shape[2])
-    output = toeplitz("cuda", *leaves, None, *size, is_causal, method, eps, True)
+    entries = relative_entries(leaves[3], leaves[3].shape[0], eps, False)
+    output = toeplitz("cuda", *leaves[:3], entries, None, *size, is_causal, method, eps, True)
     found = torch.autograd.grad(output, leaves, gradient.to(output.device))
     return {name: t.detach().cpu() for name, t in zip(NAMES, (output, *found))}
 

@@ -194,7 +194,7 @@ def test_every_instruction_set_keeps_the_accuracy_rule(level):
         "-m", "pytest", str(tests), "-q", "-k", selection, "-p", "no:cacheprovider", cwd=PACKAGE.parent, **environment
     )
     assert ran.returncode == 0, ran.stdout[-3000:]
-    assert re.search(r"^\d{3,} passed", ran.stdout, re.MULTILINE)
+    assert re.search(r"^\d{2,} passed", ran.stdout, re.MULTILINE)
 
 
 # ---- the table itself ----
