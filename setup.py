@@ -39,6 +39,11 @@ X86_LEVELS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vpopcntdq -mprefer-vector-width=512",
 }
 LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
+PROBE = """template <class T> concept Any = true;
+typedef int Vector __attribute__((vector_size(16)));
+Vector merge(Vector a, Vector b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+int main() {}
+"""
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Ampere's code also runs on Ada; PTX of the oldest is compiled on load by whatever else there is or will be.
 GPUS = (
@@ -57,10 +62,10 @@ def compiler():
 
 
 def compiles(command):
-    """Whether the compiler exists and knows C++20 and every level's flags."""
+    """Whether the compiler exists and knows C++20, shuffles of vectors and every level's flags."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "probe.cpp")
-        source.write_text("template <class T> concept Any = true; int main() {}\n")
+        source.write_text(PROBE)
         for flags in {"", *LEVELS.values()}:
             attempt = [*command, "-std=c++20", *flags.split(), "-c", str(source), "-o", os.devnull]
             try:
@@ -88,7 +93,7 @@ def missing():
     if torch_directory() is None:
         return "torch is not visible to the build", "install torch, then: pip install --no-build-isolation effattn"
     if not compiler() or not compiles(compiler()):
-        return f"no C++20 compiler (tried {' '.join(compiler()) or 'g++, clang++, c++'})", "install g++ 11 or later"
+        return f"no C++20 compiler (tried {' '.join(compiler()) or 'g++, clang++, c++'})", "install g++ 12 or later"
     if ninja() is None:
         return "ninja is missing", "pip install ninja"
     return None
