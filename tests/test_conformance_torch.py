@@ -98,8 +98,8 @@ def test_fake_kernels_tell_shapes_strides_and_dtypes(case, backend, shape):
 @EVERYWHERE
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiles_to_one_graph_that_serves_every_length(case, backend):
-    if backend == "reference" and case != CASES[case.op][0]:
-        pytest.skip("plain PyTorch, once per operator")
+    if case != CASES[case.op][0]:
+        pytest.skip("once per operator; test_compiled_without_gradients_is_the_same has every mode of use")
     if is_slow(backend) or (case.grids == UNEVEN and backend != "cpu"):
         pytest.skip("plain PyTorch has another graph for each padding, and interpreters are slow")
 
