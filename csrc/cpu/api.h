@@ -260,8 +260,8 @@ struct ToeplitzGrad {
   float* bias;
 };
 
-// Codes that the Python front knows too. kNone: no kernel serves the request; kByPlan: as a plan says.
-enum class ToeplitzMethod : int64_t { kNone = 0, kByPlan = 0, kDirect, kFft, kDoubleFft, kStructured };
+// Codes that the Python front knows too. kNone: no kernel serves the request.
+enum class ToeplitzMethod : int64_t { kNone, kDirect, kFft, kDoubleFft, kStructured };
 enum class ToeplitzRequest : int64_t { kAuto, kDirect, kFft, kStructured };
 
 struct ToeplitzCosts {

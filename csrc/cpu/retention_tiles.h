@@ -309,12 +309,4 @@ inline void store_state(float* to, const float* from, int64_t rows, int64_t colu
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * columns, from + r * pitch, columns * sizeof(float));
 }
 
-template <class Body>
-EFFATTN_INLINE void for_items(const Runtime& runtime, int64_t items, double flops, const Body& body) {
-  const auto range = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
-  run_items(runtime, items, flops, range, const_cast<Body*>(&body));
-}
-
 }  // namespace effattn::EFFATTN_ISA::retention

@@ -56,4 +56,13 @@ inline void run_items(const Runtime& runtime, int64_t items, double flops, Range
     runtime.parallel_for(0, items, 1, function, context);
 }
 
+// The same with body(begin, end).
+template <class Body>
+EFFATTN_INLINE void for_items(const Runtime& runtime, int64_t items, double flops, const Body& body) {
+  const auto range = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  run_items(runtime, items, flops, range, const_cast<Body*>(&body));
+}
+
 }  // namespace effattn::EFFATTN_ISA

@@ -23,14 +23,6 @@ inline constexpr int kGroups = kWordBits / 4;
 inline constexpr int64_t kTableFloats = int64_t{kGroups} * 16 * kPanel;
 inline constexpr int kTogether = kPanelVectors <= 2 ? 4 : 2;  // rows whose sums are in registers
 
-template <class Body>
-EFFATTN_INLINE void for_items(const Runtime& runtime, int64_t items, double flops, const Body& body) {
-  const auto range = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
-  run_items(runtime, items, flops, range, const_cast<Body*>(&body));
-}
-
 struct Rows {
   const float* data;
   int64_t pitch;

@@ -211,7 +211,7 @@ void toeplitz_direct_forward(const Toeplitz& arguments, const ToeplitzResult& re
   const int64_t pairs = query.size[0] * query.size[1];
   const double flops = (arguments.is_causal ? 1.0 : 2.0) * static_cast<double>(pairs * query.size[2]) *
                        static_cast<double>(query.size[2] * (query.size[3] + arguments.value.size[3]));
-  for_ranges(runtime, pairs * Forward::blocks(query.size[2]), flops,
+  for_items(runtime, pairs * Forward::blocks(query.size[2]), flops,
       [&](int64_t begin, int64_t end) { Forward(arguments, result).run(begin, end); });
 }
 

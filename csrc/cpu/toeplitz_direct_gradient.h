@@ -365,8 +365,8 @@ inline void direct_backward(const Toeplitz& a, const ToeplitzGrad& grad, const R
   Buffer entries, grad_query;
   const Partials partials = {chunks, entries.reserve<double>(larger(tasks, 1) * EntrySums::doubles(positions)),
       chunks.chunks > 1 ? grad_query.reserve<float>(tasks * query_floats) : nullptr};
-  for_ranges(runtime, tasks, flops, [&](int64_t begin, int64_t end) { Engine(a, grad, partials).run(begin, end); });
-  for_ranges(
+  for_items(runtime, tasks, flops, [&](int64_t begin, int64_t end) { Engine(a, grad, partials).run(begin, end); });
+  for_items(
       runtime, tokens > 0 ? heads : 0, static_cast<double>(tasks * positions.entries), [&](int64_t begin, int64_t end) {
         static thread_local Buffer sums;
         for (int64_t head = begin; head < end; ++head)
@@ -374,7 +374,7 @@ inline void direct_backward(const Toeplitz& a, const ToeplitzGrad& grad, const R
         sums.trim();
       });
   if (!partials.grad_query) return;
-  for_ranges(runtime, tokens > 0 ? pairs : 0, flops, [&](int64_t begin, int64_t end) {
+  for_items(runtime, tokens > 0 ? pairs : 0, flops, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       float* sum = partials.grad_query + pair * chunks.chunks * query_floats;
       for (int64_t chunk = 1; chunk < chunks.chunks; ++chunk)

@@ -57,12 +57,4 @@ EFFATTN_INLINE int64_t dealt(int64_t index, int64_t count) {
   return index % 2 == 0 ? index / 2 : count - 1 - index / 2;
 }
 
-template <class Body>
-EFFATTN_INLINE void for_ranges(const Runtime& runtime, int64_t items, double flops, const Body& body) {
-  run_items(
-      runtime, items, flops,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<Body*>(&body));
-}
-
 }  // namespace effattn::EFFATTN_ISA::toeplitz

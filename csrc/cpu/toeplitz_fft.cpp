@@ -12,7 +12,6 @@
 // Normalizers come first, in pairs of m. Spectra of c are made in double, one a head: 2 H L numbers.
 //
 // FLOPs: about 5 L log2 L M (D + 1) a head. Rows whose weights the transform cannot tell from 0 give 0.
-#include "toeplitz_fft_error.h"
 #include "toeplitz_fft_gradient.h"
 
 namespace effattn::EFFATTN_ISA {
@@ -33,13 +32,13 @@ class Forward {
     spectra_ = spectra_buffer_.reserve<T>(sizes_.heads * transform_.spectrum_size() + 1);
     norms_ = norms_buffer_.reserve<double>(sizes_.heads);
     make_spectra(runtime, a_, sizes_, transform_, spectra_, norms_);
-    in_parallel(runtime, sizes_.pairs(), sizes_.flops() / static_cast<double>(sizes_.channels + 1),
+    for_items(runtime, sizes_.pairs(), sizes_.flops() / static_cast<double>(sizes_.channels + 1),
         [&](int64_t begin, int64_t end) {
           for (int64_t pair = begin; pair < end; ++pair) normalizers(pair);
           scratch<T>().trim();
         });
     const int64_t groups = (sizes_.channels + group_ - 1) / group_;
-    in_parallel(runtime, sizes_.pairs() * groups, 2 * sizes_.flops(), [&](int64_t begin, int64_t end) {
+    for_items(runtime, sizes_.pairs() * groups, 2 * sizes_.flops(), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) outputs(unit / groups, unit % groups * group_);
       scratch<T>().trim();
     });

@@ -94,7 +94,7 @@ template <class T>
 void make_spectra(const Runtime& runtime, const Toeplitz& arguments, const Sizes& sizes, const Transform<T>& transform,
     T* spectra, double* norms) {
   const Exact exact(sizes);
-  in_parallel(
+  for_items(
       runtime, sizes.heads, 60.0 * static_cast<double>(sizes.heads * sizes.length), [&](int64_t begin, int64_t end) {
         Buffer buffer;
         for (int64_t head = begin; head < end; ++head) {

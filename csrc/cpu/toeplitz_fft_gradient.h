@@ -44,7 +44,7 @@ class Backward {
     T* partial = buffers_[3].reserve<T>(round * units * values + 1);
     for (int64_t head = 0; head < sizes_.heads; head += round) {
       const int64_t heads = smaller(round, sizes_.heads - head);
-      in_parallel(runtime, heads * parts, 4 * sizes_.flops(), [&](int64_t begin, int64_t end) {
+      for_items(runtime, heads * parts, 4 * sizes_.flops(), [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
           const int64_t h = index / parts, part = index % parts;
           T* correlation = correlations + index * spectrum;
@@ -57,7 +57,7 @@ class Backward {
       });
       const double small = static_cast<double>(heads * (units * values + parts * spectrum));
       if (slots_ > 1)
-        in_parallel(runtime, heads * sizes_.batches, small, [&](int64_t begin, int64_t end) {
+        for_items(runtime, heads * sizes_.batches, small, [&](int64_t begin, int64_t end) {
           for (int64_t index = begin; index < end; ++index) {
             const int64_t h = index / sizes_.batches, batch = index % sizes_.batches;
             T* sum = partial + (h * units + batch * slots_) * values;
@@ -66,7 +66,7 @@ class Backward {
             store_values(batch * sizes_.heads + head + h, sum);
           }
         });
-      in_parallel(runtime, heads, small, [&](int64_t begin, int64_t end) {
+      for_items(runtime, heads, small, [&](int64_t begin, int64_t end) {
         Buffer buffer;
         for (int64_t h = begin; h < end; ++h) {
           const Weights weights(a_, sizes_, head + h, buffer);

@@ -6,6 +6,7 @@
 #include "api.h"
 #include "backward_tiles.h"
 #include "fft.h"
+#include "toeplitz_table.h"
 
 namespace effattn::EFFATTN_ISA {
 namespace toeplitz_fft {
@@ -139,12 +140,10 @@ class Weights {
   Weights(const Toeplitz& arguments, const Sizes& sizes, int64_t head, Buffer& buffer)
       : entries_(sizes.entries), weights_(buffer.reserve<double>(sizes.entries)) {
     const float* bias = arguments.bias + head * entries_;
-    float highest = bias[0];
-    for (int64_t i = 1; i < entries_; ++i) highest = bias[i] > highest ? bias[i] : highest;
-    const bool nothing = highest == -__builtin_inff();
+    const double highest = toeplitz::highest_entry(bias, entries_);
     for (int64_t i = 0; i < entries_; ++i) {
-      const bool seen = !nothing && !(arguments.is_causal && i >= sizes.positions);
-      weights_[i] = seen ? exp(static_cast<double>(bias[i]) - static_cast<double>(highest)) : 0.0;
+      const bool seen = !(arguments.is_causal && i >= sizes.positions);
+      weights_[i] = seen ? exp(static_cast<double>(bias[i]) - highest) : 0.0;
       square_ += weights_[i] * weights_[i];
     }
   }
@@ -254,14 +253,6 @@ class Exact {
   const Sizes& sizes_;
   const Transform<double> transform_;
 };
-
-template <class Body>
-inline void in_parallel(const Runtime& runtime, int64_t items, double flops, const Body& body) {
-  run_items(
-      runtime, items, flops,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<Body*>(&body));
-}
 
 }  // namespace toeplitz_fft
 }  // namespace effattn::EFFATTN_ISA

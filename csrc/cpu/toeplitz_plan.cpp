@@ -38,7 +38,7 @@ class Head {
   Head(const ToeplitzPlanning& p, const float* bias, double top, double* sums)
       : p_(p), bias_(bias), top_(static_cast<float>(top)), sums_(sums) {}
 
-  static int64_t floats(const ToeplitzPlanning& p) { return 2 * p.grid_h * 2 * p.grid_w; }
+  static int64_t doubles(const ToeplitzPlanning& p) { return 2 * p.grid_h * 2 * p.grid_w; }
 
   // A; infinite where a row sees no weight at all.
   double amplification() {
@@ -104,10 +104,8 @@ class Head {
   double* sums_;
 };
 
-bool is_within(double error, double tolerance) { return error <= tolerance; }
-
 ToeplitzMethod choose(const ToeplitzPlanning& p, const ToeplitzPlan& plan) {
-  const bool fft = is_within(plan.fft_error, p.tolerance), double_fft = is_within(plan.double_fft_error, p.tolerance);
+  const bool fft = plan.fft_error <= p.tolerance, double_fft = plan.double_fft_error <= p.tolerance;
   const bool structured = plan.seconds[3] < INFINITY;
   switch (p.request) {
     case ToeplitzRequest::kDirect:
@@ -136,7 +134,7 @@ void toeplitz_plan(const ToeplitzPlanning& p, ToeplitzPlan& plan, const Runtime&
   if (tokens == 0 || heads == 0 || p.batch == 0) return;
   const int64_t entries = (2 * p.grid_h - 1) * (2 * p.grid_w - 1);
   Buffer buffer;
-  double* sums = buffer.reserve<double>(Head::floats(p));
+  double* sums = buffer.reserve<double>(Head::doubles(p));
   double amplification = 0.0, near_keys = 0.0;
   bool has_structure = true;
   for (int64_t head = 0; head < heads; ++head) {

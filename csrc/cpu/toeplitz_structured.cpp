@@ -46,7 +46,7 @@ struct Call {
     structures = found;
     if (tokens == 0) return;
     const int64_t entries = (2 * a.grid_h - 1) * (2 * a.grid_w - 1);
-    retention::for_items(runtime, heads, 20.0 * static_cast<double>(heads * entries), [&](int64_t begin, int64_t end) {
+    for_items(runtime, heads, 20.0 * static_cast<double>(heads * entries), [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
         const float* bias = a.bias + head * entries;
         found[head] = structure_of(bias, extent_of(bias, entries).top, a.grid_h, a.grid_w, a.is_causal);
@@ -143,7 +143,7 @@ void backward(const Call& call, const ToeplitzGrad& grad, int64_t index) {
 
 template <class Body>
 void for_heads(const Call& call, double flops, const Runtime& runtime, const Body& body) {
-  retention::for_items(runtime, call.batch * call.heads, flops, [&](int64_t begin, int64_t end) {
+  for_items(runtime, call.batch * call.heads, flops, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) body(index);
     scratch().trim();
   });

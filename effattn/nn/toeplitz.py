@@ -102,8 +102,8 @@ class _RelativeAttention(nn.Module):
 class KernelizedRPEAttention(_RelativeAttention):
     """Multi-head kernelised attention with a learned relative position bias.
 
-    Projections around :func:`effattn.kernelized_rpe_attention`. Stands in for timm's attention, whose state dict loads and leaves ``rpe_bias`` and ``projection`` as they are. A class
-    token has no place on a grid: give ``num_tokens`` with it.
+    Projections around :func:`effattn.kernelized_rpe_attention`. Stands in for timm's attention, whose state dict loads and
+    leaves ``rpe_bias`` and ``projection`` as they are. A class token has no place on a grid: give ``num_tokens`` with it.
 
     Args:
         embed_dim: channels of the input and output.
@@ -213,8 +213,9 @@ class KernelizedRPEAttention(_RelativeAttention):
 class URPEAttention(_RelativeAttention):
     """Multi-head softmax attention whose weights are multiplied with learned coefficients of the relative position.
 
-    Projections around :func:`effattn.urpe_attention`. Stands in for timm's attention, whose state dict loads and leaves the tables as they are. With the coefficients at 1
-    and without bias it then computes the same. A class token has no place on a grid: give ``num_tokens`` with it.
+    Projections around :func:`effattn.urpe_attention`. Stands in for timm's attention, whose state dict loads and leaves the
+    tables as they are. With the coefficients at 1 and without bias it then computes the same. A class token has no place
+    on a grid: give ``num_tokens`` with it.
 
     Args:
         embed_dim: channels of the input and output.
