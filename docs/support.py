@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import inspect
 import io
+import operator
 import os
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def largest_head_dim(backend: _registry.Backend, device: str) -> str:
 
 def operator_section(op: str) -> list[str]:
     lines = [f"\n## {op}\n"]
-    takes = inspect.signature(getattr(effattn, op)).parameters
+    takes = inspect.signature(operator.attrgetter(op)(effattn)).parameters
     heads = ["backend", "device", *map(name_of, DTYPES), "head_dim", "dropout"]
     lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     backends = _registry._table[op]

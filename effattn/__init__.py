@@ -14,14 +14,20 @@ from .masks import (
     RetentionDecay,
     ShiftAdd,
     StructuredMask,
+    TokenSizes,
     Window,
 )
 from .ops import (
+    TokenMerge,
     add_matmul,
     binary_matmul,
+    bipartite_soft_matching,
+    centroid_probabilities,
     cross_shaped_window_attention,
     gaussian_mixture_attention,
     hamming_attention,
+    information_bottleneck_bound,
+    keep_tokens,
     kernelized_rpe_attention,
     manhattan_attention,
     masked_product_attention,
@@ -35,6 +41,8 @@ from .ops import (
     scaled_dot_product_attention,
     shift_add_attention,
     shift_linear,
+    size_weighted_attention,
+    soft_merge,
     stripe_attention,
     toeplitz_linear_attention,
     urpe_attention,
@@ -52,16 +60,22 @@ __all__ = [
     "RetentionDecay",
     "ShiftAdd",
     "StructuredMask",
+    "TokenMerge",
+    "TokenSizes",
     "Window",
     "__version__",
     "add_matmul",
     "binary_matmul",
+    "bipartite_soft_matching",
+    "centroid_probabilities",
     "cross_shaped_window_attention",
     "distributed",
     "explain",
     "gaussian_mixture_attention",
     "hamming_attention",
+    "information_bottleneck_bound",
     "integrations",
+    "keep_tokens",
     "kernelized_rpe_attention",
     "manhattan_attention",
     "masked_product_attention",
@@ -78,14 +92,17 @@ __all__ = [
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",
+    "size_weighted_attention",
+    "soft_merge",
     "stripe_attention",
     "toeplitz_linear_attention",
     "urpe_attention",
+    "visualize",
     "window_attention",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("distributed", "integrations"):  # loaded when they are asked for
+    if name in ("distributed", "integrations", "visualize"):  # loaded when they are asked for
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,9 +99,11 @@ class Operator:
         passes: a tensor argument that is added to the output as it is: its gradient is the output's.
         saved: what the forward returns beside them, name -> (shape from query's shape); float32, batch first.
         saves_output: whether ``X_bwd`` takes the output too.
+        shares: a tensor argument -> the differentiable one whose gradient is its gradient as well.
         mixes_batch: (tensors and options) -> whether an example's result depends on the rest of its batch.
         fake: (*tensors, *options) -> the results and what is saved; default: one result like query.
-        flops: (query_shape, key_shape, value_shape, *options) -> FLOPs of the forward; the backward recomputes and does 5 / 2 of it.
+        flops: (query_shape, key_shape, value_shape, *options) -> FLOPs of the forward.
+        backward_flops: FLOPs of the backward over those of the forward; attention recomputes the scores.
     """
 
     def __init__(
@@ -117,9 +119,11 @@ class Operator:
         passes: str | None = None,
         saved: dict[str, Callable] | None = None,
         saves_output: bool = True,
+        shares: dict[str, str] | None = None,
         mixes_batch: Callable[..., bool] = lambda *args: False,
         fake: Callable | None = None,
         flops: Callable[..., int] | None = None,
+        backward_flops: float = 2.5,
     ):
         names = [tensor.removeprefix("?") for tensor in tensors]
         inputs = ", ".join(f"Tensor{'?' if t[0] == '?' else ''} {n}" for t, n in zip(tensors, names))
@@ -127,6 +131,7 @@ class Operator:
         self.saves_output = saves_output
         self.differentiable = tuple(names.index(n) for n in differentiable)
         self.passes = None if passes is None else names.index(passes)
+        self.shares = {names.index(n): names.index(like) for n, like in (shares or {}).items()}
         self.num_results = len(results)
         if saved is None:
             saved = {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
@@ -141,8 +146,9 @@ class Operator:
         upstream = ", ".join((f"Tensor grad_{first}", *(f"Tensor? grad_{n}" for n in further)))
         gradients = ", ".join(f"Tensor grad_{n}" for n in differentiable)
         again = ", ".join((upstream, inputs, *(f"Tensor {n}" for n in kept)))
+        options = f", {options}" if options else ""
         self.forward = Op(
-            f"{name}_fwd({inputs}, {options}) -> ({returned})",
+            f"{name}_fwd({inputs}{options}) -> ({returned})",
             fake or self._fake_forward,
             family=family,
             vmap=lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch),
@@ -152,7 +158,7 @@ class Operator:
         received = self.num_results
         shifted = frozenset(i + received for i in parameters)
         self.backward = Op(
-            f"{name}_bwd({again}, {options}) -> ({gradients})",
+            f"{name}_bwd({again}{options}) -> ({gradients})",
             self._fake_backward,
             family=family,
             vmap=lambda op: _fold_or_loop(
@@ -161,8 +167,8 @@ class Operator:
                 received + self.num_tensors + self.num_kept,
                 lambda *args: bool(shifted) or mixes_batch(*args[received:]),
             ),
-            flops=lambda *args, **kwargs: (
-                self._flops(*args[received:][:3], *args[received + self.num_tensors + self.num_kept :]) * 5 // 2
+            flops=lambda *args, **kwargs: int(
+                self._flops(*args[received:][:3], *args[received + self.num_tensors + self.num_kept :]) * backward_flops
             ),
         )
         _operators[name] = self
@@ -172,7 +178,7 @@ class Operator:
         """Run the operator on ``backend``; differentiable. Its result, or a tuple where it has several."""
         call = self.forward
         if torch.is_grad_enabled():
-            for index in (*self.differentiable, *(() if self.passes is None else (self.passes,))):
+            for index in (*self.differentiable, *self.shares, *(() if self.passes is None else (self.passes,))):
                 if args[index] is not None and args[index].requires_grad:
                     call = functools.partial(Fused.apply, self.name)
                     break
@@ -221,6 +227,8 @@ class Fused(torch.autograd.Function):
         if saved:
             ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(operator.num_results == 1)
+        if operator.num_results > 1:
+            ctx.output_shape = outputs[0].shape
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -228,8 +236,7 @@ class Fused(torch.autograd.Function):
         received = operator.num_results
         grad_output, *further = gradients[:received]
         if grad_output is None:
-            query, _, value, *_ = ctx.saved_tensors
-            grad_output = query.new_zeros((*query.shape[:3], value.shape[3]))
+            grad_output = ctx.saved_tensors[0].new_zeros(ctx.output_shape)
         arguments = (grad_output, *further, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
             gradients = FusedGradient.apply(operator.backward.name, ctx.backend, *arguments)
@@ -241,6 +248,9 @@ class Fused(torch.autograd.Function):
                 slots[2 + index] = gradient
         if operator.passes is not None:
             slots[2 + operator.passes] = grad_output
+        for index, like in operator.shares.items():
+            if arguments[received + index] is not None:
+                slots[2 + index] = slots[2 + like]
         return tuple(slots)
 
 

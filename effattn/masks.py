@@ -8,6 +8,7 @@ from torch import Tensor
 from . import ops
 from ._structured_mask import StructuredMask
 from ._toeplitz_masks import KernelizedRPE, RelativePositionBias
+from ._token_sizes import TokenSizes
 from .reference import mixture_mask, window_mask
 from .reference.cross_shaped_window import stripe_window
 from .reference.retention import decay_logits, manhattan_distance
@@ -21,6 +22,7 @@ __all__ = [
     "RetentionDecay",
     "ShiftAdd",
     "StructuredMask",
+    "TokenSizes",
     "Window",
 ]
 

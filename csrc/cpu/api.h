@@ -315,6 +315,92 @@ struct RelativeGrad {
   float* bias;
 };
 
+// Bipartite soft matching (reference/token_merging.py): metric (1,B,N,d); sizes (B,N) or null. Tokens 0, 2, 4.. are a,
+// the others b; 1 <= num_merged <= unprotected pairs; a threshold below -1 is none. The plan, all contiguous: source
+// and members (B,N), offsets (B,outputs + 1).
+struct TokenMatching {
+  Tensor metric;
+  const float* sizes;
+  int64_t num_merged, num_protected;
+  bool distill_token;
+  double threshold;
+  int64_t outputs;
+  int32_t* source;
+  int32_t* members;
+  int32_t* offsets;
+};
+
+// A plan: the output of every token, and the tokens of every output, ascending. All contiguous, every index in range.
+struct TokenGroups {
+  const int32_t* source;   // (B,N)
+  const int32_t* members;  // (B,N)
+  const int32_t* offsets;  // (B,outputs + 1)
+  int64_t batch, tokens, outputs;
+};
+
+enum class MergeMode : int64_t { kMean, kSum, kMax };
+
+// x (1,B,N,C), output (1,B,outputs,C); an output without members is 0.
+struct TokenMergeForward {
+  Tensor x;
+  TokenGroups groups;
+  MergeMode mode;
+  Tensor output;
+};
+
+// x and output are read for kMax only. A maximum's gradient is shared evenly by the members that attain it.
+struct TokenMergeBackward {
+  Tensor grad_output, x, output;
+  TokenGroups groups;
+  MergeMode mode;
+  Tensor grad_x;
+};
+
+// output_t = sum s_i (x_i + residual_i) / S_t, S_t = sum s_i; 0 where S_t = 0. residual.data is null without one; sizes
+// (B,N) contiguous or null: ones; merged_sizes (B,outputs) contiguous.
+struct WeightedMergeForward {
+  Tensor x, residual;
+  const float* sizes;
+  TokenGroups groups;
+  Tensor output;
+  float* merged_sizes;
+};
+
+// grad_merged_sizes (B,outputs) contiguous or null: zeros; grad_sizes (B,N) contiguous or null: not wanted, and then
+// x, residual and output are not read.
+struct WeightedMergeBackward {
+  Tensor grad_output;
+  const float* grad_merged_sizes;
+  Tensor x, residual, output;
+  const float* sizes;
+  TokenGroups groups;
+  Tensor grad_x;
+  float* grad_sizes;
+};
+
+// output (1,B,P,C) = softmax over N of logits (1,B,N,P), transposed, times tokens (1,B,N,C); logsumexp (B,P)
+// contiguous.
+struct SoftMergeForward {
+  Tensor tokens, logits, output;
+  float* logsumexp;
+};
+
+struct SoftMergeBackward {
+  Tensor grad_output, tokens, logits, output;
+  const float* logsumexp;
+  Tensor grad_tokens, grad_logits;
+};
+
+// softmax(scale Q K^T + log_sizes_j): log_sizes (B,M) contiguous.
+struct TokenSizes {
+  const float* log_sizes;
+};
+
+// null where it is not wanted
+struct TokenSizesGrad {
+  float* log_sizes;
+};
+
 struct Kernels {
   const char* isa;
 #define EFFATTN_KERNEL(name, ...) void (*name)(__VA_ARGS__, const Runtime&);

@@ -26,10 +26,19 @@ from .toeplitz import (
     toeplitz_matrix,
     urpe_attention,
 )
+from .token_merging import (
+    bipartite_soft_matching,
+    size_weighted_attention,
+    soft_merge,
+    token_merge,
+    token_merge_weighted,
+    token_unmerge,
+)
 
 __all__ = [
     "add_matmul",
     "binary_matmul",
+    "bipartite_soft_matching",
     "cross_shaped_window_attention",
     "feature_map",
     "gaussian_mixture_attention",
@@ -49,9 +58,14 @@ __all__ = [
     "scaled_dot_product_attention",
     "shift_add_attention",
     "shift_linear",
+    "size_weighted_attention",
+    "soft_merge",
     "stripe_attention",
     "toeplitz_linear_attention",
     "toeplitz_matrix",
+    "token_merge",
+    "token_merge_weighted",
+    "token_unmerge",
     "urpe_attention",
     "window_attention",
     "window_mask",

@@ -281,6 +281,21 @@ _BAD_SHIFTS = (
     ("bias_table elsewhere", _map("bias_table", lambda t: t.to("meta")), ValueError, "must be on query's device"),
 )
 
+_BAD_SIZES = (
+    *(
+        bad
+        for bad in BAD_INPUTS
+        if bad[0] not in ("key of another length", "value of another head_dim", "key of another batch")
+    ),
+    ("value of another length", _map("value", lambda t: t[:, :, 1:]), ValueError, "value must have shape"),
+    ("key of another batch", _map("key", lambda t: t[:1]), ValueError, "key must have shape"),
+    ("sizes that are no tensor", _set(sizes=1.0), TypeError, "sizes must be a Tensor"),
+    ("complex sizes", _map("sizes", lambda t: t.to(torch.complex64)), TypeError, "sizes must be real"),
+    ("sizes of other tokens", _map("sizes", lambda t: t[:, 1:]), ValueError, "sizes must have shape"),
+    ("sizes of another batch", _map("sizes", lambda t: t[:1]), ValueError, "sizes must have shape"),
+    ("sizes elsewhere", _map("sizes", lambda t: t.to("meta")), ValueError, "sizes must be on query's device"),
+)
+
 # ---- the table ----
 
 
@@ -393,6 +408,29 @@ def _window_flops(shape: Shape, heads: int, keys: tuple[int, int]) -> int:
     """Of both products, where heads of the first and second half have so many keys a query."""
     pairs = heads // 2 * keys[0] + (heads - heads // 2) * keys[1]
     return 4 * shape.batch * shape.tokens * shape.head_dim * pairs
+
+
+def _token_sizes(variant: str, scale: float | None = None) -> Case:
+    """Without a variant some sizes are 0; "column" sizes are (B, M, 1), all above 0 and in query's dtype."""
+
+    def sample(shape: Shape, generator):
+        sizes = 1 + 3 * torch.rand(shape.batch, shape.key_tokens, generator=generator, dtype=torch.float64)
+        if not variant:
+            sizes[:, 1::3] = 0
+        return {**_qkv(shape, generator), "sizes": sizes.unsqueeze(-1) if variant else sizes}
+
+    return Case(
+        op="size_weighted_attention",
+        variant=variant,
+        function=effattn.size_weighted_attention,
+        sample=sample,
+        options=lambda shape: _scaled(scale, shape),
+        differentiable=("query", "key", "value", "sizes") if variant else ("query", "key", "value"),
+        in_float32=() if variant else ("sizes",),
+        formula=formulas.size_weighted_attention,
+        flops=_two_products,
+        bad=() if variant else _BAD_SIZES,
+    )
 
 
 UNEVEN = ((3, 11), (1, 53), (3, 25))
@@ -841,6 +879,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _shift_add("mean_threshold", "mean_threshold", taps=None),
         _shift_add("sign", "sign", taps=1),
     ),
+    "size_weighted_attention": (_token_sizes(""), _token_sizes("column", scale=0.7)),
 }
 
 ELSEWHERE = {
@@ -850,6 +889,11 @@ ELSEWHERE = {
     "binary_matmul": "test_packed_bits.py",
     "hamming_attention": "test_packed_bits.py",
     "retention_step": "test_retention.py",
+    "bipartite_soft_matching": "test_token_matching.py",
+    "TokenMerge.merge": "test_token_merging.py",
+    "TokenMerge.merge_weighted": "test_token_merging.py",
+    "TokenMerge.unmerge": "test_token_merging.py",
+    "soft_merge": "test_soft_merge.py",
 }
 """Registered operators that are no attention of query, key and value: the file that holds them to the same rules."""
 

@@ -373,3 +373,15 @@ def urpe_attention(query, key, value, coefficient, rpe_bias=None, grid=None, is_
             weights = _softmax(scale * key[b, h, : len(keys)] @ query[b, h, i] + np.array(bias)) * np.array(factor)
             output[b, h, i] = weights @ value[b, h, : len(keys)]
     return output
+
+
+def size_weighted_attention(query, key, value, sizes, scale=None) -> np.ndarray:
+    """O_i = sum_j s_j exp(scale q_i . k_j) v_j over the same sum without v_j; 0 where no key has a size."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = np.zeros_like(query)
+    for b, h, i in np.ndindex(query.shape[:3]):
+        scores = scale * key[b, h] @ query[b, h, i]
+        weights = sizes[b].reshape(-1) * np.exp(scores - scores.max(initial=-np.inf))
+        if weights.sum() > 0:
+            output[b, h, i] = weights @ value[b, h] / weights.sum()
+    return output
