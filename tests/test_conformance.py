@@ -141,6 +141,8 @@ def test_accuracy_in_corner_cases(case, backend, dtype, corner, request):
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=False, reason=reason))
     if is_slow(backend) and (shape.tokens * shape.key_tokens > 700 or shape.gaussians > 9 or dtype != torch.float32):
         pytest.skip(SLOW)
+    if dtype == torch.float16 and shape.head_dim == 16 and shape.tokens > 1:
+        pytest.skip("float16 takes bfloat16's way through these corners")
     if case.grids == UNEVEN and any(word in corner for word in ("prefix", "Gaussian", "key")):
         pytest.skip("windows have no prefix, Gaussians or other keys: an ordinary grid")
     check(case, backend, shape, dtype)

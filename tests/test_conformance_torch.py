@@ -138,8 +138,8 @@ def test_auto_is_traceable(case, backend):
 @pytest.mark.slow
 @case_and_backend(without=("reference", "triton", *(("cuda",) if is_slow("cuda") else ())))
 def test_inductor_runs_the_kernel_inside_its_own_code(case, backend):
-    if case.variant:
-        pytest.skip("once per operator")
+    if case.variant or case.op not in ("gaussian_mixture_attention", "retention", "window_attention", "urpe_attention"):
+        pytest.skip("six seconds each, and all operators are declared by the same class: parameters, states, options")
     tensors, options, grad_output = sample(case, backend)
 
     def call(tensors, options, _):
