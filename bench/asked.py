@@ -17,7 +17,8 @@ import torch
 
 from . import bench_retention as decays
 from . import bench_toeplitz as toeplitz
-from . import cswin, memory, photographs
+from . import bench_token_merging as merging
+from . import cswin, memory, merged_vit, photographs
 from .bench_attention import ADDITIVE, ADDITIVE_3D
 from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
 from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
@@ -25,6 +26,7 @@ from .overhead import STOCK
 from .window_peers import ON_WINDOWS
 
 MIXTURE, WINDOWS, RETENTION, TOEPLITZ = "gaussian_mixture", "cross_shaped_window", "retention", "toeplitz"
+MERGING = "token_merging"
 
 
 class Figure(NamedTuple):
@@ -53,6 +55,8 @@ def figures(report, *, build: bool) -> list[Figure]:
         found += _retention_figures(report) + _doubling_figures(report)
     if TOEPLITZ in measured:
         found += _toeplitz_figures(report)
+    if MERGING in measured:
+        found += _merging_figures(report)
     if MIXTURE in measured:
         found += _memory_figures(report.ceilings.threads)
     extra = None
@@ -288,6 +292,44 @@ def _toeplitz_figures(report) -> list[Figure]:
     growth = over(timed[-1][1], timed[-2][1])
     what = f"time, kernelized forward, N={timed[-2][0]} -> {timed[-1][0]}: grows"
     return [*found, Figure(what, 4.6, growth, True)]
+
+
+def _merging_figures(report) -> list[Figure]:
+    """Float32. Memory is what a call needs beside its result."""
+    rows = {(r.case, r.direction): r for r in report.rows if r.family == MERGING and r.dtype == torch.float32}
+
+    def result(case, name, direction=FORWARD):
+        row = rows.get((case, direction))
+        return row.results.get(name) if row else None
+
+    def times(case, peer, direction=FORWARD) -> float | None:
+        row = rows.get((case, direction))
+        return row.ratio(peer) if row else None
+
+    found = []
+    for case in (case for case in families()[MERGING].cases if case.asked):
+        if case.operator == merging.MERGE:
+            bound = 8.0 if case.tokens < 1000 else 6.0
+            ratio = times(case, merging.PUBLISHED)
+            found.append(Figure(f"match and merge {case.name}: faster than published by", bound, ratio, False))
+            if case.tokens >= 1000:
+                size = 4 * math.prod(case.output_shape)
+                ours, theirs = (result(case, name) for name in (OURS, merging.PUBLISHED))
+                known = ours and theirs and ours.memory and theirs.memory
+                share = (ours.memory - size) / (theirs.memory - size) if known else None
+                found.append(Figure(f"match and merge {case.name}: memory over published's", 0.05, share, True))
+        elif case.operator == merging.ATTENTION:
+            ratio = times(case, UNMASKED)
+            what = f"size-weighted attention {case.name}: time over unmasked SDPA"
+            found.append(Figure(what, 0.8, 1 / ratio if ratio else None, True))
+        else:
+            for direction, passes in ((FORWARD, "forward"), (BACKWARD, "forward+backward")):
+                ratio = times(case, merging.EAGER, direction)
+                found.append(Figure(f"soft_merge {passes} {case.name}: faster than eager by", 2.0, ratio, False))
+    for size in ("S", "B"):
+        ratio = None if photographs.missing() else merged_vit.compare(size, effort=merged_vit.QUICK).ratio
+        found.append(Figure(f"ViT-{size}/16, r=16, 8 photographs: images/s over the same model's", 1.4, ratio, False))
+    return found
 
 
 def _memory_figures(threads: int) -> list[Figure]:

@@ -84,6 +84,7 @@ class Case:
     num_prefix_tokens: int = 0
     photograph: bool = False
     outputs: int = 0  # last dimension of the result, where it is not head_dim
+    output_tokens: int = 0  # tokens of the result, where they are not the tokens
     window: int = 0  # side of a window or width of a stripe, in tokens
     asked: bool = False
     quick: bool = False
@@ -96,7 +97,7 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        return *self.shape[:3], self.outputs or self.head_dim
+        return *self.shape[:2], self.output_tokens or self.tokens, self.outputs or self.head_dim
 
     @property
     def name(self) -> str:
@@ -119,6 +120,7 @@ class Operator(NamedTuple):
     density: Callable[[Case], float] = lambda case: 1.0  # share of the score matrix that has to be computed
     flops: Callable[[Case], float] | None = None  # of the forward, where it is not two products of scores' size
     bytes: Callable[[Case, Inputs], float] | None = None  # least traffic of the forward, where it is not all tensors
+    training: float = 3.5  # FLOPs of a training step over the forward's: attention recomputes its scores
 
     def expected(self, case: Case, inputs: Inputs) -> tuple[list[int], Tensor]:
         """Heads to compare and what they should be, in float64; of long inputs the first and the last head."""
@@ -154,13 +156,13 @@ def families() -> dict[str, Family]:
 
 
 def flops(family: Family, case: Case, direction: str) -> float:
-    """Two matrix products forward; five more backward, for scores are recomputed. A multiply-add is two."""
+    """Two matrix products forward, and of attention five more backward. A multiply-add is two."""
     operator = family.operators[case.operator]
     if operator.flops is not None:
         forward = operator.flops(case)
     else:
         forward = 4.0 * case.batch * case.heads * case.tokens**2 * case.head_dim * operator.density(case)
-    return forward if direction == FORWARD else 3.5 * forward
+    return forward if direction == FORWARD else operator.training * forward
 
 
 def bytes_moved(family: Family, case: Case, inputs: Inputs, direction: str) -> float:
