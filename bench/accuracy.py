@@ -324,6 +324,48 @@ def _table(heads, tokens, grid, generator) -> Tensor:
     return 0.5 * torch.randn(heads, *sizes, generator=generator)
 
 
+def _merge(batch, tokens, channels, num_merged, method="merge", small=False, **options) -> Problem:
+    """``method`` of a plan that merges ``num_merged`` tokens."""
+    metric = torch.randn(batch, tokens, 16, generator=torch.Generator().manual_seed(5))
+    plan = effattn.bipartite_soft_matching(metric, num_merged, num_protected=1, backend="reference")
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        rows = plan.num_tokens if method == "unmerge" else tokens
+        tensors = {"x": torch.randn(batch, rows, channels, generator=generator).to(dtype)}
+        if method == "merge_weighted":
+            tensors["sizes"] = torch.randint(1, 9, (batch, tokens), generator=generator).float()
+            tensors["residual"] = torch.randn(batch, tokens, channels, generator=generator).to(dtype)
+        return tensors
+
+    def call(t, backend):
+        moved = effattn.TokenMerge(*(i.to(t["x"].device) for i in (plan.source, plan.members, plan.offsets)))
+        result = getattr(moved, method)(**t, **options, backend=backend)
+        return result[0] if method == "merge_weighted" else result
+
+    def reference(t):
+        return call(t, "reference")
+
+    details = [f"{tokens - plan.num_tokens} merged", *options.values()]
+    shape = ", ".join([f"{batch}x{tokens}x{channels}", *details])
+    return Problem(f"TokenMerge.{method}", shape, make, call, reference, small)
+
+
+def _soft_merge(batch, tokens, channels, outputs, small=False) -> Problem:
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (torch.randn(batch, tokens, width, generator=generator) for width in (channels, outputs))
+        return {name: tensor.to(dtype) for name, tensor in zip(("tokens", "logits"), drawn)}
+
+    def call(t, backend):
+        return effattn.soft_merge(**t, backend=backend)
+
+    def reference(t):
+        return effattn.reference.soft_merge(**t)
+
+    return Problem("soft_merge", f"{batch}x{tokens}x{channels} to {outputs}", make, call, reference, small)
+
+
 def _shift_linear(rows, columns, outputs, bits, small=False) -> Problem:
     """Codes over the whole range of exponents, the same in every dtype."""
     generator = torch.Generator().manual_seed(4)
@@ -445,6 +487,17 @@ PROBLEMS = (
     _urpe(1, 2, 15, 8, small=True),
     _urpe(2, 3, 197, 64, is_causal=True),
     _urpe(1, 3, 24 * 16, 32, grid=(24, 16)),
+    _merge(1, 15, 8, 5, small=True),
+    _merge(2, 197, 100, 40),
+    _merge(2, 197, 100, 40, mode="sum"),
+    _merge(2, 197, 100, 40, mode="max"),
+    _merge(1, 15, 8, 5, "merge_weighted", small=True),
+    _merge(2, 197, 384, 16, "merge_weighted"),
+    _merge(1, 15, 8, 5, "unmerge", small=True),
+    _merge(2, 197, 384, 90, "unmerge"),
+    _soft_merge(1, 15, 8, 5, small=True),
+    _soft_merge(2, 197, 384, 157),
+    _soft_merge(1, 1024, 100, 33),
     _shift_linear(3, 40, 24, 4, small=True),
     _shift_linear(1, 1024, 1024, 4),
     _shift_linear(16, 1024, 1024, 5),
