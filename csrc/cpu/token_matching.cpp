@@ -6,8 +6,9 @@
 //   measure   norms of all tokens in float64
 //   collect   the a that have a search to do and the b that can be found; of all others the partner is known
 //   pack      those b, normalised and centred, as the columns of a product
-//   match     blocks of at most 96 a over chunks of at most 2048 columns (256 KB of packed words, in the second cache):
-//             6 x 64 micro-tiles (gemm.h) write 6 rows of scores (48 KB), which are searched before the next 6
+//   match     blocks of at most 96 a over chunks of at most 1024 columns (256 KB of packed words, in the second cache):
+//             6 x 64 micro-tiles (gemm.h) write 6 rows of scores (24 KB) and, for every 64 of these, the largest (16
+//             lanes), so that a search looks at 1 score in 4; 6 rows are searched before the next 6 are computed
 //   plan      a radix sort of the a by (level, index), 43 bits of level in 6 passes; source, members, offsets by
 //             counting
 // Work items are images, or blocks of tokens of one image where there are too few images for the threads. Every row's
@@ -21,7 +22,8 @@ namespace effattn::EFFATTN_ISA {
 namespace {
 
 inline constexpr int64_t kNotANumber = -2 * kSteps, kAbsent = -3 * kSteps, kProtected = -4 * kSteps;
-inline constexpr int64_t kColumnsInChunk = 2048, kWordsInChunk = 65536, kRowsInBlock = 16 * kTileRows;
+inline constexpr int64_t kColumnsInChunk = 1024, kWordsInChunk = 65536, kRowsInBlock = 16 * kTileRows;
+inline constexpr int64_t kPeaksInChunk = kColumnsInChunk / kTileVectors;
 inline constexpr int64_t kCentred = 16;  // the centre is the mean of so many tokens
 
 struct ImageScratch {
@@ -78,19 +80,16 @@ class Image {
   int64_t tiles() const { return (num_listed_rows_ + kTileRows - 1) / kTileRows; }
 
   void measure(int64_t begin, int64_t end) {
-    float* const row = in_place_ ? nullptr : block_scratch().row.reserve<float>(round_up(length_, kLanes));
+    const int64_t padded = round_up(length_, kLanes);
+    float* const row = in_place_ ? nullptr : block_scratch().row.reserve<float>(padded);
     for (int64_t token = begin; token < end; ++token) {
-      const float* elements = column_token(token / 2);
       if (in_place_) {
-        elements = in_place(token);
-      } else if (token % 2 == 0) {
-        row_to_float(row, metric_, token, length_, round_up(length_, kLanes));
-        elements = row;
-      } else {
-        row_to_float(row, metric_, token, length_, round_up(length_, kLanes));
-        memcpy(column_tokens_ + token / 2 * length_, row, length_ * sizeof(float));
+        norms_[token] = norm_of(in_place(token), length_);
+        continue;
       }
-      norms_[token] = norm_of(elements, length_);
+      row_to_float(row, metric_, token, length_, padded);
+      norms_[token] = norm_of(row, length_);
+      if (token % 2 == 1) memcpy(column_tokens_ + token / 2 * length_, row, length_ * sizeof(float));
     }
   }
 
@@ -212,7 +211,8 @@ class Image {
     const int64_t chunk = larger(1, smaller(kColumnsInChunk, kWordsInChunk / depth_) / kTileColumns) * kTileColumns;
     BlockScratch& scratch = block_scratch();
     Word* const words = scratch.words.reserve<Word>(larger(kLanes, tiles * kTileRows) * pitch_);
-    float* const scores = scratch.scores.reserve<float>(kTileRows * chunk);
+    float* const scores = scratch.scores.reserve<float>(kTileRows * (kColumnsInChunk + kPeaksInChunk));
+    float* const peaks = scores + kTileRows * kColumnsInChunk;
     float* const staged = in_place_ ? nullptr : scratch.tokens.reserve<float>(count * pitch_ * Filter::kPerWord);
     Search searches[kRowsInBlock];
     for (int64_t r = 0; r < count; ++r) {
@@ -233,25 +233,32 @@ class Image {
     for (int64_t begin = 0; begin < columns.count; begin += chunk) {
       const int64_t width = smaller(columns.count - begin, chunk);
       for (int64_t r = 0; r < count; r += kTileRows) {
-        score(scores, chunk, words + r * pitch_, columns, begin, width);
+        score(scores, peaks, words + r * pitch_, columns, begin, width);
         for (int64_t i = 0; i < smaller(count - r, kTileRows); ++i)
-          searches[r + i].advance(scores + i * chunk, begin, width, columns);
+          searches[r + i].advance(scores + i * kColumnsInChunk, peaks + i * kPeaksInChunk, begin, width, columns);
       }
     }
     for (int64_t r = 0; r < count; ++r) best_[listed_rows_[first + r]] = searches[r].key;
   }
 
   void score(
-      float* scores, int64_t pitch, const Word* words, const Columns& columns, int64_t begin, int64_t width) const {
+      float* scores, float* peaks, const Word* words, const Columns& columns, int64_t begin, int64_t width) const {
     for_each_half_tile(width, [&](auto vectors, auto half, int64_t column) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
       multiply_tile<Filter, kVectors, 1, kTileRows, decltype(half)::value != 0>(words, pitch_, 1,
           columns.packed + (begin + column) * depth_, kVectors * kLanes, depth_,
           [&](Vec(&sums)[kTileRows][kVectors]) __attribute__((always_inline)) {
-            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
-              const Vec shift = load(columns.shift + begin + column + v * kLanes);
-              EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r)
-                  store(scores + r * pitch + column + v * kLanes, sums[r][v] + shift);
+            Vec shift[kVectors];
+            EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) shift[v] =
+                load(columns.shift + begin + column + v * kLanes);
+            EFFATTN_UNROLL for (int r = 0; r < kTileRows; ++r) {
+              Vec peak = broadcast(-INFINITY);
+              EFFATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+                const Vec sum = sums[r][v] + shift[v];
+                store(scores + r * kColumnsInChunk + column + v * kLanes, sum);
+                peak = max(peak, sum);
+              }
+              store(peaks + r * kPeaksInChunk + column / kTileVectors, peak);
             }
           });
     });

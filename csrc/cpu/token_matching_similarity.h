@@ -12,11 +12,12 @@
 // the norms of what the rounding took, all measured. The computed product f of x' and w' is wrong by at most
 //   |f - x . w| <= e_x |w'| + |x| e_w + gamma |x'| |w'|,  gamma = 2 d 2^-24 / (1 - 2 d 2^-24)
 // (Cauchy-Schwarz twice; at most two float roundings per product of the sum, in any order). Added to that: 2^-19 for
-// rounding to float of x and w (2^-24 |x| |w| each, |x|, |w| <= 2 + 2^-20), of c . w (2^-23) and of its sum with f
-// (2^-24 6), bf16 and float that underflow (d 2^-125), the float64 similarity (d 2^-52), one step 2^-40 and the limit's
-// own rounding (2^-22); and 2 % of the whole for the norms, sums of d squares in float. If j has the largest level,
-// s_j >= s_k - 2^-40 for all k, hence score_j >= score_k - 2 eps. For d <= 2^16, where all this holds, the bound is
-// used; for longer tokens every pair is evaluated. The norms are float64: no finite float overflows or underflows them.
+// float's rounding of x and w (2^-24 (|x| + 1.1) |w|, and so for w, where |x|, |w| <= 2.1), of c . w (2^-24 2.1) and of
+// its sum with f (2^-24 7), bf16 and float that underflow (d 2^-125), the float64 similarity (d 2^-52), one step 2^-40
+// and the limit's own rounding (2^-22); and 2 % of the whole for the norms, sums of d squares in float. If j has the
+// largest level, s_j >= s_k - 2^-40 for all k, hence score_j >= score_k - 2 eps. For d <= 2^16, where all this holds,
+// the bound is used; for longer tokens every pair is evaluated. The norms are float64: no finite float overflows or
+// underflows them.
 //
 // An exact evaluation is d products of floats, exact in double, summed in the same order for every pair: tokens of
 // equal elements tie. No similarity is rounded to more than 1 if d <= 2^11, so there a row stops at its first 1.
@@ -57,25 +58,6 @@ typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
 EFFATTN_INLINE Doubles load_doubles(const float* from) {
   return __builtin_convertvector(load_as<HalfFloats>(from), Doubles);
 }
-template <int kFirst, size_t... kLane>
-EFFATTN_INLINE HalfFloats half_of(Vec x, std::index_sequence<kLane...>) {
-  return __builtin_shufflevector(x, x, (kFirst + kLane)...);
-}
-template <size_t... kLane>
-EFFATTN_INLINE Vec join(HalfFloats low, HalfFloats high, std::index_sequence<kLane...>) {
-  return __builtin_shufflevector(low, high, kLane...);
-}
-EFFATTN_INLINE Doubles low_doubles(Vec x) {
-  return __builtin_convertvector(half_of<0>(x, std::make_index_sequence<kDoubles>{}), Doubles);
-}
-EFFATTN_INLINE Doubles high_doubles(Vec x) {
-  return __builtin_convertvector(half_of<kDoubles>(x, std::make_index_sequence<kDoubles>{}), Doubles);
-}
-EFFATTN_INLINE Vec to_floats(Doubles low, Doubles high) {
-  return join(__builtin_convertvector(low, HalfFloats), __builtin_convertvector(high, HalfFloats),
-      std::make_index_sequence<kLanes>{});
-}
-
 EFFATTN_INLINE uint32_t lanes_at_least(Vec value, Vec limit) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)value, (__m512)limit, _CMP_GE_OQ);
@@ -100,7 +82,11 @@ inline double dot(const float* a, const float* b, int64_t length) {
   }
   for (; c + kDoubles <= length; c += kDoubles) sum[0] += load_doubles(a + c) * load_doubles(b + c);
   if (c < length) {
-    sum[1] += low_doubles(load_partial(a + c, length - c)) * low_doubles(load_partial(b + c, length - c));
+    const Vec rest_a = load_partial(a + c, length - c), rest_b = load_partial(b + c, length - c);
+    float part_a[kLanes], part_b[kLanes];
+    store(part_a, rest_a);
+    store(part_b, rest_b);
+    sum[1] += load_doubles(part_a) * load_doubles(part_b);
   }
   const Doubles total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   double part[kDoubles];
@@ -124,21 +110,23 @@ struct Measure {
 
 // One token as the filter reads it: token / norm - centre. centre has its end padded with zeros, `to` is padded so.
 inline Measure filter_words(Word* to, const float* token, double norm, const float* centre, int64_t length) {
-  const double inverse = 1.0 / norm;
+  // The inverse of a very small or large norm is no float; a power of two first costs no rounding.
+  const float power = norm < 0x1p-64 ? 0x1p64f : norm > 0x1p100 ? 0x1p-64f : 1.f;
+  const Vec scale = broadcast(power),
+            inverse = broadcast(static_cast<float>(1.0 / (norm * static_cast<double>(power))));
   Vec norms = {}, errors = {};
   int64_t c = 0;
   const auto step = [&](Vec token, Vec centre) __attribute__((always_inline)) {
-    const Vec exact = to_floats(
-        low_doubles(token) * inverse - low_doubles(centre), high_doubles(token) * inverse - high_doubles(centre));
+    const Vec x = fma(token * scale, inverse, -centre);
     if constexpr (Filter::kPerWord == 1) {
-      store(reinterpret_cast<float*>(to) + c, exact);
-      norms = fma(exact, exact, norms);
+      store(reinterpret_cast<float*>(to) + c, x);
+      norms = fma(x, x, norms);
     } else {
-      bfloat16* const place = reinterpret_cast<bfloat16*>(to) + c;
-      store_float(place, exact);
-      const Vec rounded = (Vec)(__builtin_convertvector(to_bfloat16(exact), WordVec) << 16);
+      const HalfVec half = to_bfloat16(x);
+      memcpy(reinterpret_cast<uint16_t*>(to) + c, &half, sizeof(half));
+      const Vec rounded = (Vec)(__builtin_convertvector(half, WordVec) << 16);
       norms = fma(rounded, rounded, norms);
-      errors = fma(exact - rounded, exact - rounded, errors);
+      errors = fma(x - rounded, x - rounded, errors);
     }
   };
   for (; c + kLanes <= length; c += kLanes) step(load(token + c), load(centre + c));
@@ -172,37 +160,42 @@ struct Columns {
 };
 
 // A token of a on its way through the columns.
-struct Search {
+class Search {
+ public:
   const float* token;
   double norm;
   float margin;
   float largest = -FLT_MAX;  // score
   int64_t key = INT64_MIN;
 
-  // Scores of columns first ... first + count, padded to whole registers with -inf.
-  void advance(const float* scores, int64_t first, int64_t count, const Columns& columns) {
+  // scores: of columns first ... first + count, padded to whole registers with -inf; peaks: a register for every
+  // kTileColumns of them, the largest of each lane.
+  void advance(const float* scores, const float* peaks, int64_t first, int64_t count, const Columns& columns) {
     const bool bounded = columns.length <= kLongestBounded;
     if (bounded && key >= key_of(kSteps, kIndices - 1)) return;
-    Vec peaks[2] = {broadcast(largest), broadcast(largest)};
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= count; c += 2 * kLanes) {
-      peaks[0] = max(peaks[0], load(scores + c));
-      peaks[1] = max(peaks[1], load(scores + c + kLanes));
-    }
-    for (; c < count; c += kLanes) peaks[0] = max(peaks[0], load(scores + c));
-    largest = reduce_max(max(peaks[0], peaks[1]));
+    const int64_t tiles = (count + kTileColumns - 1) / kTileColumns;
+    Vec peak = broadcast(largest);
+    for (int64_t t = 0; t < tiles; ++t) peak = max(peak, load(peaks + t * kLanes));
+    largest = reduce_max(peak);
     const float lowest = largest - margin;
     const Vec limit = broadcast(lowest > -FLT_MAX ? lowest : -FLT_MAX);
-    for (c = 0; c < count; c += kLanes) {
-      for (uint32_t lanes = lanes_at_least(load(scores + c), limit); lanes != 0; lanes &= lanes - 1) {
-        const int64_t index = columns.index[first + c + __builtin_ctz(lanes)];
-        const double product = dot(token, columns.tokens + index * columns.pitch, columns.length);
-        const double similarity = product / (norm * columns.norm[2 * index]);
-        const int64_t level = llrint(similarity * static_cast<double>(kSteps));
-        key = larger(key, key_of(level, index));
-        if (bounded && level >= kSteps) return;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (lanes_at_least(load(peaks + t * kLanes), limit) == 0) continue;
+      for (int64_t c = t * kTileColumns; c < smaller(count, (t + 1) * kTileColumns); c += kLanes) {
+        for (uint32_t lanes = lanes_at_least(load(scores + c), limit); lanes != 0; lanes &= lanes - 1) {
+          const int64_t level = evaluate(columns.index[first + c + __builtin_ctz(lanes)], columns);
+          if (bounded && level >= kSteps) return;
+        }
       }
     }
+  }
+
+ private:
+  int64_t evaluate(int64_t index, const Columns& columns) {
+    const double product = dot(token, columns.tokens + index * columns.pitch, columns.length);
+    const int64_t level = llrint(product / (norm * columns.norm[2 * index]) * static_cast<double>(kSteps));
+    key = larger(key, key_of(level, index));
+    return level;
   }
 };
 
