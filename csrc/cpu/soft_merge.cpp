@@ -56,6 +56,7 @@ class SoftMerge {
   using Word = typename Arithmetic::Word;
   static constexpr bool kPairs = Arithmetic::kPerWord == 2;
   static constexpr int64_t kColumns = kMostPanels * kPanel;
+  static constexpr int64_t kSummed = kPairs ? kTokens : 128;  // tokens summed in one register: bounds rounding
   static constexpr int64_t kPanelWords = kTokens / Arithmetic::kPerWord * kPanel;
 
  public:
@@ -117,21 +118,24 @@ class SoftMerge {
           smaller(kTokens, tokens_ - token - kTokens), smaller(kTileColumns, channels_), groups);
     else
       ahead_.nothing();
-    const int64_t steps = words<Arithmetic>(count);
     for_each_column_tile(width / kLanes, [&](auto vectors, int64_t) __attribute__((always_inline)) {
-      if (token == 0)
-        add_rows<vectors.value, false>(steps, output_ + c);
-      else
-        add_rows<vectors.value, true>(steps, output_ + c);
+      for (int64_t first = 0; first < count; first += kSummed) {
+        const int64_t step = first / Arithmetic::kPerWord, some = words<Arithmetic>(smaller(kSummed, count - first));
+        if (token + first == 0)
+          add_rows<vectors.value, false>(step, some, output_ + c);
+        else
+          add_rows<vectors.value, true>(step, some, output_ + c);
+      }
     });
   }
 
   template <int kVectors, bool kAdd>
-  EFFATTN_INLINE void add_rows(int64_t steps, float* output) {
+  EFFATTN_INLINE void add_rows(int64_t first, int64_t steps, float* output) {
     for_each_row_group(columns_, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       ahead_.step();
-      product_tile<Arithmetic, rows.value, kVectors, kAdd>(weights_ + r / kPanel * kPanelWords + r % kPanel, 1, kPanel,
-          packed_, kVectors * kLanes, steps, output + r * pitch_, pitch_);
+      product_tile<Arithmetic, rows.value, kVectors, kAdd>(
+          weights_ + r / kPanel * kPanelWords + r % kPanel + first * kPanel, 1, kPanel,
+          packed_ + first * kVectors * kLanes, kVectors * kLanes, steps, output + r * pitch_, pitch_);
     });
   }
 
@@ -179,8 +183,7 @@ class SoftMerge {
     for (int64_t p = 0; p < columns_; p += kLanes) {
       const Vec sum = load(sum_ + p);
       const Vec logarithm = fma(log2(sum), broadcast(kLn2), load(largest_ + p));
-      if (channel_ == 0)
-        store_partial(logsumexp + p, sum == Vec{} ? broadcast(-INFINITY) : logarithm, columns_ - p);
+      if (channel_ == 0) store_partial(logsumexp + p, sum == Vec{} ? broadcast(-INFINITY) : logarithm, columns_ - p);
       store(sum_ + p, sum == Vec{} ? Vec{} : broadcast(1.f) / sum);
     }
     for (int64_t p = 0; p < columns_; ++p)

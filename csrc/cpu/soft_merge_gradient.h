@@ -135,12 +135,13 @@ class SoftMergeGradient {
     store(to, sums[0]);
   }
 
-  // A logsumexp of 16 and more is rounded so coarsely that the weights of its column miss a sum of 1 by more than their
-  // own rounding. correction = log2 of that sum.
+  // A logsumexp that is this large is rounded so coarsely that the weights of its column miss a sum of 1 by more than
+  // rounding of the element type. correction = log2 of that sum.
   void refine(int64_t p) {
+    const float large = arguments_.logits.dtype == DType::kFloat32 ? 2.f : 256.f;
     bool is_large = false;
     for (int64_t lane = p; lane < p + kLanes; ++lane)
-      is_large = is_large || (fabsf(logsumexp_[lane]) >= 16.f && logsumexp_[lane] != INFINITY);
+      is_large = is_large || (fabsf(logsumexp_[lane]) >= large && logsumexp_[lane] != INFINITY);
     Vec correction = {};
     if (is_large) {
       const int64_t live = smaller(kLanes, outputs_ - p);
