@@ -28,12 +28,19 @@ class FloatRows {
   static bool in_place(const Matrix& matrix) { return matrix.dtype == DType::kFloat32 && matrix.column_stride == 1; }
 
   EFFATTN_INLINE const float* row(int64_t row, int64_t slot = 0) const {
+    if (matrix_.column_stride == 1) {
+      const char* ahead =
+          static_cast<const char*>(matrix_.data) + matrix_.offset(row + kAhead) * element_size(matrix_.dtype);
+      for (int64_t byte = 0; byte < columns_ * element_size(matrix_.dtype); byte += 64)
+        __builtin_prefetch(ahead + byte);
+    }
     if (in_place(matrix_)) return static_cast<const float*>(matrix_.data) + matrix_.offset(row);
     row_to_float(staged_ + slot * pitch_, matrix_, row, columns_, round_up(columns_, kLanes));
     return staged_ + slot * pitch_;
   }
 
  private:
+  static constexpr int64_t kAhead = 16;  // rows: short pieces far apart are not fetched by the processor itself
   const Matrix matrix_;
   const int64_t columns_;
   float* const staged_;
@@ -64,7 +71,7 @@ class TileAhead {
   void plan(const Matrix& from, int64_t rows, int64_t columns, int64_t steps) {
     row_ = 0;
     rows_ = from.column_stride == 1 ? rows : 0;
-    share_ = (rows + steps - 1) / larger(steps, 1);
+    share_ = (rows + larger(steps, 1) - 1) / larger(steps, 1);
     bytes_ = columns * element_size(from.dtype);
     matrix_ = from;
   }
