@@ -318,6 +318,28 @@ def _urpe(batch, heads, tokens, head_dim, small=False, grid=None, **options) -> 
     return Problem("urpe_attention", shape, make, call, reference, small)
 
 
+def _token_sizes(batch, heads, tokens, keys, head_dim, small=False) -> Problem:
+    """A seventh of the keys takes no part."""
+
+    def make(dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = _qkv(batch, heads, tokens, head_dim, dtype, generator)
+        key, value = torch.randn(2, batch, heads, keys, head_dim, generator=generator).to(dtype)
+        sizes = 1 + 3 * torch.rand(batch, keys, generator=generator)
+        sizes[:, ::7] = 0
+        return {**tensors, "key": key, "value": value, "sizes": sizes}
+
+    def call(t, backend):
+        return effattn.size_weighted_attention(**t, backend=backend)
+
+    def reference(t):
+        return effattn.reference.size_weighted_attention(**t)
+
+    detail = f", {keys} keys" if keys != tokens else ""
+    shape = f"{batch}x{heads}x{tokens}x{head_dim}{detail}"
+    return Problem("size_weighted_attention", shape, make, call, reference, small)
+
+
 def _table(heads, tokens, grid, generator) -> Tensor:
     """Entries for every relative position."""
     sizes = [2 * extent - 1 for extent in grid or (tokens,)]
@@ -498,6 +520,9 @@ PROBLEMS = (
     _soft_merge(1, 15, 8, 5, small=True),
     _soft_merge(2, 197, 384, 157),
     _soft_merge(1, 1024, 100, 33),
+    _token_sizes(1, 2, 15, 11, 8, small=True),
+    _token_sizes(2, 3, 197, 197, 64),
+    _token_sizes(1, 2, 1024, 512, 40),
     _shift_linear(3, 40, 24, 4, small=True),
     _shift_linear(1, 1024, 1024, 4),
     _shift_linear(16, 1024, 1024, 5),

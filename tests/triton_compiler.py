@@ -26,6 +26,7 @@ from effattn.triton_kernels import (
     local_enhancement,
     retention,
     shift_add,
+    size_weighted_attention,
     toeplitz,
     urpe,
 )
@@ -47,6 +48,7 @@ OPERATIONS = (
     "attention_causal",
     "attention_boolean",
     "attention_additive",
+    "size_weighted_attention",
     "shift_linear",
     "shift_linear_5bit",
     "shift_linear_int8",
@@ -261,6 +263,12 @@ def _run(operation, dtype, head_dim):
         weight = make(heads, tokens, tokens, dtype=torch.float32)
         gaussian_mixture.masked_product_fwd(query, key, value, weight, scale)
         gaussian_mixture.masked_product_bwd(grad_output, query, key, value, weight, output, logsumexp, scale)
+    elif operation == "size_weighted_attention":
+        log_sizes = make(batch, tokens, dtype=torch.float32)
+        size_weighted_attention.size_weighted_attention_fwd(query, key, value, log_sizes, scale, True)
+        size_weighted_attention.size_weighted_attention_bwd(
+            grad_output, query, key, value, log_sizes, output, logsumexp, scale, True
+        )
     else:
         key, value = make(batch, heads // 2, tokens, head_dim), make(batch, heads // 2, tokens, head_dim)
         kind = operation.partition("_")[2]

@@ -69,8 +69,10 @@ def run_row_delta(output, grad_output):
     return delta
 
 
-def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
-    """(grad_query, grad_key, grad_value); `inputs`: query, key, value, grad_output, logsumexp, delta."""
+def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale, grad_key_term=None):
+    """(grad_query, grad_key, grad_value); `inputs`: query, key, value, grad_output, logsumexp, delta.
+
+    `grad_key_term`: (B, Hkv, M) float32 to write the gradient of a term of the key alone to."""
     query, key, value = inputs[:3]
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
@@ -92,7 +94,7 @@ def run_backward(policy: Policy, inputs, arguments, scale_log2, gradient_scale):
             triton.cdiv(keys, config.block_n) * batch * key_heads,
             query.device,
             config,
-            *(*inputs, grad_key, grad_value, arguments, strides, *sizes),
+            *(*inputs, grad_key, grad_value, grad_key_term, arguments, strides, *sizes),
             QUERY_SPAN=policy.query_span,
             **functions,
             **_block_options(query, config),

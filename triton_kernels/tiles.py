@@ -46,6 +46,9 @@ that owns such a class sums dterm over it, or over one split of it:
     weigh_gradient: whether P * dW is summed too; `total` is then (sum of term_gradient, sum of P * dW)
     finish(arguments, destination, total, owner, split, splits, num_heads, num_tokens, extents, BLOCK)     stores the sum
 
+A term of the key alone needs none: key_value_gradient, which owns keys, stores dZ summed over the queries of its (b, kv h) in
+`grad_key_term` (B, Hkv, M), if that is not None.
+
 `arguments` is a NamedTuple of pointers, strides and floats, whose integers Triton specialises; `extents` are six integers
 that it does not.
 """
@@ -300,6 +303,7 @@ def key_value_gradient(
     delta,
     grad_key,
     grad_value,
+    grad_key_term,
     arguments,
     strides,
     num_heads,
@@ -332,6 +336,7 @@ def key_value_gradient(
     v = _rows(_locate(value, strides.value, b, key_head), strides.value, j, j_valid, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    key_total = tl.zeros((BLOCK_N,), tl.float32)
     begin = 0
     full = 0
     if QUERY_SPAN is not None:
@@ -357,12 +362,17 @@ def key_value_gradient(
                 do = _rows(grad_output_head, strides.grad_output, i, i_valid, HEAD_DIM, BLOCK_D, True)
                 dv = matmul(narrow(WEIGH(p, term), q.dtype), do, dv, PRECISION)
                 dp = WEIGH(matmul(v, tl.trans(do), None, PRECISION), term)
-                ds = SCORE_GRADIENT(p * (dp - deltas[None, :]), score, term)
+                grad_logits = p * (dp - deltas[None, :])
+                if grad_key_term is not None:
+                    key_total += tl.sum(grad_logits, 1)
+                ds = SCORE_GRADIENT(grad_logits, score, term)
                 dk = matmul(narrow(ds, q.dtype), q, dk, PRECISION)
     grad_key = _locate(grad_key, strides.grad_key, b, key_head)
     grad_value = _locate(grad_value, strides.grad_value, b, key_head)
     _store_rows(grad_key, strides.grad_key, dk * gradient_scale, j, j_valid, HEAD_DIM, BLOCK_D)
     _store_rows(grad_value, strides.grad_value, dv, j, j_valid, HEAD_DIM, BLOCK_D)
+    if grad_key_term is not None:
+        tl.store(grad_key_term + (b * num_key_heads + key_head) * num_keys + j, key_total, mask=j_valid)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])

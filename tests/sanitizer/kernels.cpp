@@ -418,6 +418,7 @@ void everything(DType dtype) {
 #include "toeplitz_kernels.h"
 #include "toeplitz_structured_kernels.h"
 #include "urpe_kernels.h"
+#include "size_weighted_kernels.h"
 
 int main() {
   packed_kernels();
@@ -435,6 +436,8 @@ int main() {
   toeplitz_structured_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) urpe_kernels(DType::kFloat32);
   urpe_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) size_weighted_kernels(DType::kFloat32);
+  size_weighted_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
