@@ -194,10 +194,11 @@ class Operator:
     def _fake_backward(self, grad_output, *args):
         absent = grad_output.new_empty
         args = args[self.num_results - 1 :]
-        return tuple(
+        gradients = tuple(
             torch.empty_like(args[i]) if args[i] is not None else absent((0,), dtype=torch.float32)
             for i in self.differentiable
         )
+        return gradients if len(gradients) > 1 else gradients[0]
 
 
 def _score_flops(query, key, value, *options) -> int:
@@ -242,6 +243,7 @@ class Fused(torch.autograd.Function):
             gradients = FusedGradient.apply(operator.backward.name, ctx.backend, *arguments)
         else:
             gradients = operator.backward(ctx.backend, *arguments)
+        gradients = (gradients,) if isinstance(gradients, torch.Tensor) else gradients
         slots = [None] * (2 + operator.num_tensors + len(ctx.options))
         for index, gradient in zip(operator.differentiable, gradients):
             if arguments[received + index] is not None:
