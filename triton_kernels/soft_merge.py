@@ -17,13 +17,14 @@ left with no reduction and no rescaling of Y. Maxima and sums are kept per eleme
 behind the loop. A kernel that made lse first would be one launch more and save no exponential.
 
 W is recomputed in the backward, as exp(G - lse) times a factor: logits are exact, but an lse of 1e4 in float32 is off by 5e-4,
-and so would be W. output_statistics sums exp(G - lse) where lse is so large that this shows; in float32 always.
+and so would be W. output_statistics sums exp(G - lse) where lse is large enough for that to show; in float32 always.
 
 Bytes, at e per element: forward B (P / BLOCK_P N C + 2 C / BLOCK_C N P + P C) e; logit_gradient
 B (P / BLOCK_P N C + N / BLOCK_N P C + 2 N P) e; token_gradient B (N / BLOCK_N P C + C / BLOCK_C N P + N C) e; of an image's
 operands all but the first reading hits L2. Every output has one owner and no sum is atomic, so runs are bitwise equal.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Configuration(NamedTuple):
 C = Configuration
 FEW = 16  # outputs, as a PatchMerger has: the smallest tile of the matrix units holds them
 NARROW = 64  # channels
+LARGE = (64.0, 0.0)  # an lse whose rounding shows in 16 bits, in float32
 
 
 # ---- parts ----
@@ -111,9 +113,7 @@ def soft_merge_forward(
     highest = tl.full((BLOCK_P, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, num_tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        highest = tl.maximum(
-            highest, logit_tile(logits, strides[1], n[None, :], p[:, None], num_tokens, num_outputs)
-        )
+        highest = tl.maximum(highest, logit_tile(logits, strides[1], n[None, :], p[:, None], num_tokens, num_outputs))
     maximum = tl.max(highest, 1)
     anchor = tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]
     merged = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -173,9 +173,7 @@ def output_statistics(
     sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, tl.where(large, num_tokens, 0), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        sums += power(
-            logit_tile(logits, strides[1], n[None, :], p[:, None], num_tokens, num_outputs) - lse[:, None]
-        )
+        sums += power(logit_tile(logits, strides[1], n[None, :], p[:, None], num_tokens, num_outputs) - lse[:, None])
     total = tl.sum(sums, 1)
     tl.store(factor + b * num_outputs + p, tl.where(total == 0.0, 1.0, 1.0 / total), mask=valid)
 
@@ -264,8 +262,8 @@ def token_gradient(
 # ---- launchers ----
 
 
-def _configuration(kernel, tokens, num_outputs):
-    """Chosen by ahead-of-time compiles, as in configurations.py."""
+def _configuration(kernel, tokens, num_outputs, *others):
+    """Chosen by ahead-of-time compiles, as in configurations.py. `others`: what else of C channels is streamed."""
     family, few, wide = table.architecture(tokens.device), num_outputs <= FEW, tokens.shape[2] > NARROW
     if family == "interpreted":
         return C(32, 32, 64, 4, 1)
@@ -273,25 +271,28 @@ def _configuration(kernel, tokens, num_outputs):
         return C(16, 32, 64, 4, 1)
     if tokens.dtype == torch.float32:
         return C(16 if few else 32, 32, 64 if wide and kernel is not logit_gradient else 32, 4, 1)
+    loose = not all(_aligned(tensor) for tensor in (tokens, *others))
     if kernel is logit_gradient:
-        return C(16 if few else 64, 64, 64, 4, 3)
-    length = 32 if family in ("sm_80", "sm_120") else 64  # of the dimension that is summed over
+        return C(16 if few else 64, 64, 32, 4, 1) if loose else C(16 if few else 64, 64, 64, 4, 3)
+    summed = 32 if loose or family in ("sm_80", "sm_120") else 64
+    channels, stages = (64, 1) if loose else (128 if wide else 64, 3)
     if kernel is token_gradient:
-        return C(16 if few else length, 64, 128 if wide else 64, 4, 3)
-    return C(16 if few else 64, length, 128 if wide else 64, 4, 3)
+        return C(16 if few else summed, 64, channels, 4, stages)
+    return C(16 if few else 64, summed, channels, 4, stages)
 
 
-def _launch(kernel, owners, tokens, num_outputs, *arguments, **options):
-    """`owners`: which two of outputs, tokens and channels a program has a block of, or one of them."""
-    config = _configuration(kernel, tokens, num_outputs)
+def _aligned(tensor):
+    """Whether rows are read in vectors; else element by element, through registers."""
+    return tensor.stride(2) == 1 and tensor.stride(1) % 16 == 0 and tensor.shape[2] % 16 == 0
+
+
+def _launch(kernel, owners, config, tokens, num_outputs, *arguments, **options):
+    """`owners`: of which of outputs, tokens and channels a program has one block."""
     batch, num_tokens, channels = tokens.shape
     sizes = {"p": (num_outputs, config.block_p), "n": (num_tokens, config.block_n), "c": (channels, config.block_c)}
-    programs = batch
-    for owner in owners:
-        programs *= triton.cdiv(*sizes[owner])
     table.launch(
         kernel,
-        programs,
+        batch * math.prod(triton.cdiv(*sizes[owner]) for owner in owners),
         tokens.device,
         config,
         *(*arguments, num_tokens, num_outputs, channels),
@@ -311,29 +312,45 @@ def soft_merge_fwd(tokens, logits):
     (batch, _, channels), num_outputs = tokens.shape, logits.shape[2]
     output = torch.empty((batch, num_outputs, channels), dtype=tokens.dtype, device=tokens.device)
     logsumexp = torch.empty((batch, num_outputs), dtype=torch.float32, device=tokens.device)
-    arguments = (tokens, logits, output, logsumexp, _strides(tokens, logits, output))
-    _launch(soft_merge_forward, "pc", tokens, num_outputs, *arguments, PRECISION=table.precision(tokens))
+    _launch(
+        soft_merge_forward,
+        "pc",
+        _configuration(soft_merge_forward, tokens, num_outputs),
+        tokens,
+        num_outputs,
+        *(tokens, logits, output, logsumexp, _strides(tokens, logits, output)),
+        PRECISION=table.precision(tokens),
+    )
     return output, logsumexp
 
 
 def soft_merge_bwd(grad_output, tokens, logits, output, logsumexp):
     """(grad_tokens, grad_logits)"""
-    num_outputs, precision = logits.shape[2], table.precision(tokens)
     grad_tokens, grad_logits = torch.empty_like(tokens), torch.empty_like(logits)
     factor, delta = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
-    _launch(
+
+    def launch(kernel, owners, *arguments, **options):
+        num_outputs = logits.shape[2]
+        config = _configuration(kernel, tokens, num_outputs, grad_output)
+        _launch(kernel, owners, config, tokens, num_outputs, grad_output, *arguments, **options)
+
+    launch(
         output_statistics,
         "p",
-        tokens,
-        num_outputs,
-        *(grad_output, logits, output, logsumexp, factor, delta, _strides(grad_output, logits, output)),
-        LARGE=0.0 if tokens.dtype == torch.float32 else 64.0,
+        *(logits, output, logsumexp, factor, delta, _strides(grad_output, logits, output)),
+        LARGE=LARGE[tokens.dtype == torch.float32],
     )
-    statistics = (logsumexp, factor)
-    arguments = (grad_output, tokens, logits, *statistics, delta, grad_logits)
-    strides = _strides(grad_output, tokens, logits, grad_logits)
-    _launch(logit_gradient, "np", tokens, num_outputs, *arguments, strides, PRECISION=precision)
-    arguments = (grad_output, logits, *statistics, grad_tokens)
-    strides = _strides(grad_output, logits, grad_tokens)
-    _launch(token_gradient, "nc", tokens, num_outputs, *arguments, strides, PRECISION=precision)
+    launch(
+        logit_gradient,
+        "np",
+        *(tokens, logits, logsumexp, factor, delta, grad_logits),
+        _strides(grad_output, tokens, logits, grad_logits),
+        PRECISION=table.precision(tokens),
+    )
+    launch(
+        token_gradient,
+        "nc",
+        *(logits, logsumexp, factor, grad_tokens, _strides(grad_output, logits, grad_tokens)),
+        PRECISION=table.precision(tokens),
+    )
     return grad_tokens, grad_logits
