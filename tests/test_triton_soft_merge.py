@@ -1,5 +1,8 @@
 """The soft_merge Triton kernels, run (by Triton's interpreter where there is no GPU) against the reference."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 
@@ -150,6 +153,18 @@ def test_strides_do_not_matter_and_neighbours_are_not_touched(layout):
     for gradient, like in zip(results[1:], strided):
         assert gradient.stride() == torch.empty_like(like).stride()
     assert results[0].is_contiguous()
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or sys.platform != "linux", reason="the memory is that of a Linux host")
+def test_strides_past_two_to_the_31_elements():
+    beyond = 2**31
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # of these 4 GB few pages are ever touched
+    ocean = torch.frombuffer(mmap.mmap(-1, 2 * (beyond + 2**20), flags=private), dtype=torch.bfloat16)
+    drawn = draw((2, 5, 3, 4), torch.bfloat16)
+    strides = ((16, beyond // 4 + 64, 1), (8, 16, beyond // 2 + 64), (beyond + 64, 4, 1))
+    far = [ocean.as_strided(t.shape, s, 2**12 * n).copy_(t) for n, (t, s) in enumerate(zip(drawn, strides))]
+    for result, wanted in zip(run(*far), run(*drawn)):
+        assert torch.equal(result, wanted)
 
 
 def test_kernels_write_only_inside_their_outputs():

@@ -109,7 +109,7 @@ FEATURE_MAPS = {  # operation -> directions, trigonometric, normalize, shift
     "feature_map_256": (256, False, False, 2),
     "feature_map_trigonometric": (128, True, False, 0),
 }
-SOFT_MERGE = {"soft_merge": 160, "soft_merge_odd": 157, "soft_merge_few": 8}  # operation -> outputs
+SOFT_MERGE = {"soft_merge": 160, "soft_merge_odd": 157, "soft_merge_few": 8, "soft_merge_transposed": 157}  # -> outputs
 OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE, *SOFT_MERGE)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -224,9 +224,11 @@ def _run_features(operation, dtype, head_dim):
 
 
 def _run_soft_merge(operation, dtype, channels):
-    """Forward and backward launchers of soft_merge, 197 tokens."""
+    """Forward and backward launchers of soft_merge, 197 tokens; transposed: logits whose tokens are neighbours."""
     outputs = SOFT_MERGE[operation]
     tokens, logits = make(8, 197, channels, dtype=dtype), make(8, 197, outputs, dtype=dtype)
+    if operation == "soft_merge_transposed":
+        logits = make(8, outputs, 197, dtype=dtype).mT
     saved = soft_merge.soft_merge_fwd(tokens, logits)
     soft_merge.soft_merge_bwd(torch.empty_like(saved[0]), tokens, logits, *saved)
 

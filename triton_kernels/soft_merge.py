@@ -169,13 +169,12 @@ def output_statistics(
         products += y.to(tl.float32) * g.to(tl.float32)
     tl.store(delta + b * num_outputs + p, tl.sum(products, 1), mask=valid)
     lse = log_normalizer(logsumexp + b * num_outputs, p, num_outputs)
-    large = tl.max(tl.where(lse == float("inf"), 0.0, tl.abs(lse)), 0) >= LARGE
+    large = (tl.abs(lse) >= LARGE) & (lse != float("inf"))
     sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, tl.where(large, num_tokens, 0), BLOCK_N):
+    for start in range(0, tl.where(tl.max(large.to(tl.int32), 0) == 1, num_tokens, 0), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         sums += power(logit_tile(logits, strides[1], n[None, :], p[:, None], num_tokens, num_outputs) - lse[:, None])
-    total = tl.sum(sums, 1)
-    tl.store(factor + b * num_outputs + p, tl.where(total == 0.0, 1.0, 1.0 / total), mask=valid)
+    tl.store(factor + b * num_outputs + p, 1.0 / tl.where(large, tl.sum(sums, 1), 1.0), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -262,22 +261,23 @@ def token_gradient(
 # ---- launchers ----
 
 
-def _configuration(kernel, tokens, num_outputs, *others):
+def _configuration(kernel, tokens, logits, *others):
     """Chosen by ahead-of-time compiles, as in configurations.py. `others`: what else of C channels is streamed."""
-    family, few, wide = table.architecture(tokens.device), num_outputs <= FEW, tokens.shape[2] > NARROW
+    family = table.architecture(tokens.device)
+    few, wide = logits.shape[2] <= FEW, tokens.shape[2] > NARROW
+    loose = not all(_aligned(tensor) for tensor in (tokens, *others))
     if family == "interpreted":
         return C(32, 32, 64, 4, 1)
     if kernel is output_statistics:
         return C(16, 32, 64, 4, 1)
     if tokens.dtype == torch.float32:
         return C(16 if few else 32, 32, 64 if wide and kernel is not logit_gradient else 32, 4, 1)
-    loose = not all(_aligned(tensor) for tensor in (tokens, *others))
     if kernel is logit_gradient:
-        return C(16 if few else 64, 64, 32, 4, 1) if loose else C(16 if few else 64, 64, 64, 4, 3)
-    summed = 32 if loose or family in ("sm_80", "sm_120") else 64
+        return C(16 if few else 32, 64, 32, 4, 1) if loose else C(16 if few else 64, 64, 64, 4, 3)
+    summed = 32 if loose or family in ("sm_80", "sm_120") or logits.stride(2) != 1 else 64
     channels, stages = (64, 1) if loose else (128 if wide else 64, 3)
     if kernel is token_gradient:
-        return C(16 if few else summed, 64, channels, 4, stages)
+        return C(16 if few or loose else summed, 64, channels, 4, stages)
     return C(16 if few else 64, summed, channels, 4, stages)
 
 
@@ -315,7 +315,7 @@ def soft_merge_fwd(tokens, logits):
     _launch(
         soft_merge_forward,
         "pc",
-        _configuration(soft_merge_forward, tokens, num_outputs),
+        _configuration(soft_merge_forward, tokens, logits),
         tokens,
         num_outputs,
         *(tokens, logits, output, logsumexp, _strides(tokens, logits, output)),
@@ -330,9 +330,8 @@ def soft_merge_bwd(grad_output, tokens, logits, output, logsumexp):
     factor, delta = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
 
     def launch(kernel, owners, *arguments, **options):
-        num_outputs = logits.shape[2]
-        config = _configuration(kernel, tokens, num_outputs, grad_output)
-        _launch(kernel, owners, config, tokens, num_outputs, grad_output, *arguments, **options)
+        config = _configuration(kernel, tokens, logits, grad_output)
+        _launch(kernel, owners, config, tokens, logits.shape[2], grad_output, *arguments, **options)
 
     launch(
         output_statistics,
