@@ -274,6 +274,7 @@ def _configuration(kernel, tokens, logits, *others):
         return C(16 if few else 32, 32, 64 if wide and kernel is not logit_gradient else 32, 4, 1)
     if kernel is logit_gradient:
         return C(16 if few else 32, 64, 32, 4, 1) if loose else C(16 if few else 64, 64, 64, 4, 3)
+    # Element by element, pointers take the registers.
     summed = 32 if loose or family in ("sm_80", "sm_120") or logits.stride(2) != 1 else 64
     channels, stages = (64, 1) if loose else (128 if wide else 64, 3)
     if kernel is token_gradient:
