@@ -31,11 +31,13 @@ SHIFT_ADD = ("linear_forward", "linear_backward", "context", "mix", "query_key_g
 WINDOWS = (*(f"window_{kernel}" for kernel in ENGINE[:3]), "window_bias_gradient", "window_gradient")
 TOEPLITZ = (*(f"toeplitz_{kernel}" for kernel in ENGINE[:3]), "toeplitz_bias_gradient")
 FEATURES = ("map_features", "head_maxima", "feature_gradient", "direction_gradient")
-PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan", *TOEPLITZ, *FEATURES)
+SOFT_MERGE = ("soft_merge_forward", "logit_gradient", "token_gradient")
+PRODUCTS = (*ENGINE, *SHIFT_ADD, *WINDOWS, "scan", *TOEPLITZ, *FEATURES, *SOFT_MERGE)
 COLUMNS_FIRST = (
     "key_value_gradient",
     "linear_forward",
     "direction_gradient",
+    *SOFT_MERGE[1:],
 )  # the second number is the product's rows
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
 OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
@@ -96,6 +98,13 @@ def cases():
                 for family in CUDA
                 for dtype in ("bfloat16", "float16", "float32")
                 for size in (64, 100, 128, 200, 256)
+            ]
+            + [
+                (operation, family, dtype, channels, None)
+                for operation in triton_compiler.SOFT_MERGE
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float32")
+                for channels in (64, 100, 768)
             ]
             + [("urpe_grid_causal", "cdna", "bfloat16", 64, None)]
         )
@@ -160,6 +169,12 @@ def cases():
         ("toeplitz_causal", "sm_120", "bfloat16", 100, ("toeplitz_bias_gradient",)),
         ("feature_map", "sm_90", "bfloat16", 64, ("map_features", "direction_gradient")),
         ("feature_map_256", "sm_80", "bfloat16", 256, ("feature_gradient",)),
+        ("soft_merge_odd", "sm_90", "bfloat16", 768, SOFT_MERGE),
+        ("soft_merge", "sm_90", "float16", 768, ("output_statistics",)),
+        ("soft_merge_odd", "sm_100", "bfloat16", 768, ("logit_gradient",)),
+        ("soft_merge", "sm_80", "bfloat16", 100, ("token_gradient",)),
+        ("soft_merge_transposed", "sm_80", "bfloat16", 768, ("soft_merge_forward",)),
+        ("soft_merge_few", "sm_120", "bfloat16", 768, ("soft_merge_forward",)),
     ]
     return chosen
 

@@ -2,7 +2,7 @@
 
     python triton_compiler.py CASES.json RESULTS.json
 
-A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows). The launcher runs on meta tensors with `launch` replaced by a recorder; each
+A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of soft_merge: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
 recorded launch is specialised as Triton's own launcher would do it and compiled for the case's target.
 """
 
@@ -27,6 +27,7 @@ from effattn.triton_kernels import (
     retention,
     shift_add,
     size_weighted_attention,
+    soft_merge,
     toeplitz,
     urpe,
 )
@@ -110,7 +111,8 @@ FEATURE_MAPS = {  # operation -> directions, trigonometric, normalize, shift
     "feature_map_256": (256, False, False, 2),
     "feature_map_trigonometric": (128, True, False, 0),
 }
-OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE)
+SOFT_MERGE = {"soft_merge": 160, "soft_merge_odd": 157, "soft_merge_few": 8, "soft_merge_transposed": 157}  # -> outputs
+OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE, *SOFT_MERGE)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -223,6 +225,16 @@ def _run_features(operation, dtype, head_dim):
     feature_map.feature_map_bwd(torch.empty_like(features), *arguments, features, *options)
 
 
+def _run_soft_merge(operation, dtype, channels):
+    """Forward and backward launchers of soft_merge, 197 tokens; transposed: logits whose tokens are neighbours."""
+    outputs = SOFT_MERGE[operation]
+    tokens, logits = make(8, 197, channels, dtype=dtype), make(8, 197, outputs, dtype=dtype)
+    if operation == "soft_merge_transposed":
+        logits = make(8, outputs, 197, dtype=dtype).mT
+    saved = soft_merge.soft_merge_fwd(tokens, logits)
+    soft_merge.soft_merge_bwd(torch.empty_like(saved[0]), tokens, logits, *saved)
+
+
 def _run(operation, dtype, head_dim):
     """The operation's forward and backward launchers on (2, 4, 197, head_dim) meta tensors."""
     if operation.startswith("shift_linear"):
@@ -239,6 +251,8 @@ def _run(operation, dtype, head_dim):
         return _run_urpe(operation, dtype, head_dim)
     if operation in FEATURE_MAPS:
         return _run_features(operation, dtype, head_dim)
+    if operation in SOFT_MERGE:
+        return _run_soft_merge(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
