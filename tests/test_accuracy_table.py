@@ -52,6 +52,7 @@ def test_table_covers_every_operator_and_every_gradient():
         "manhattan_attention": {"log_decay", "lce_weight", "lce_bias"},
         "kernelized_rpe_attention": {"rpe_bias", "projection"},
         "urpe_attention": {"coefficient", "rpe_bias"},
+        "size_weighted_attention": {"sizes"},
     }.items():
         assert tensors[op] == {"query", "key", "value", *expected}
     assert tensors["toeplitz_linear_attention"] == {"query_features", "key_features", "value", "rpe_bias"}

@@ -190,7 +190,7 @@ def test_autocast_computes_in_its_dtype(case, backend, dtype):
         pytest.skip("the interpreter is slow")
     with torch.autocast(device_of(backend), dtype):
         got = run(case, tensors, options, backend, grad_output.to(dtype))
-    kept = (*case.parameters, *case.in_float32)
+    kept = (*case.parameters, *case.in_float32, *case.not_autocast)
     lower = {n: t.to(dtype) if n not in kept and t.is_floating_point() else t for n, t in tensors.items()}
     wanted = run(case, lower, options, backend, grad_output.to(dtype))
     assert got.output.dtype == dtype

@@ -40,7 +40,14 @@ COLUMNS_FIRST = (
     *SOFT_MERGE[1:],
 )  # the second number is the product's rows
 ROWS = (16, 64, 512, 25088)  # of shift_linear: one for each of its tiles
-OTHERS = ("masked_product", "attention", "attention_causal", "attention_boolean", "attention_additive")
+OTHERS = (
+    "masked_product",
+    "attention",
+    "attention_causal",
+    "attention_boolean",
+    "attention_additive",
+    "size_weighted_attention",
+)
 
 
 def cases():
@@ -128,6 +135,7 @@ def cases():
         ("attention_boolean", "sm_90", "bfloat16", 64, ("forward",)),
         ("attention_additive", "sm_80", "float16", 64, ("forward",)),
         ("attention", "sm_120", "bfloat16", 64, ("key_value_gradient",)),
+        ("size_weighted_attention", "sm_90", "bfloat16", 128, ("key_value_gradient", "sum_heads")),
     ]
     linear = ("linear_forward", "linear_backward")
     chosen += [("shift_linear", family, "bfloat16", 25088, linear) for family in CUDA]

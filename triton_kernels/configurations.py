@@ -99,9 +99,15 @@ _LEAN = {
         "parameter_gradient": (C(32, 32, 2, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
     },
 }
-_HEAVY = {  # two tables of relative positions spill in the tiles above
-    ("sm_80", "single", "forward", 128): C(16, 32, 8, 2),
-    ("cdna", "half", "forward", 64): C(128, 32, 8, 2),
+_HEAVY = {  # what spills in the tiles above, by what the policy says
+    True: {  # two tables of relative positions
+        ("sm_80", "single", "forward", 128): C(16, 32, 8, 2),
+        ("cdna", "half", "forward", 64): C(128, 32, 8, 2),
+    },
+    "columns": {  # a number per column: where a thread owns a row, a register for each
+        ("sm_100", "half", "query_gradient", 64): C(128, 32, 8, 2),
+        ("sm_100", "half", "query_gradient", 128): C(128, 32, 8, 1),
+    },
 }
 _INTERPRETED = {  # few programs, since each costs milliseconds, yet more than one tile at 65 tokens
     "forward": C(64, 32, 4, 1),
@@ -162,8 +168,9 @@ def configuration(kernel, query, lean=False, heavy=False):
     if family == "interpreted":
         return _INTERPRETED[kernel]
     columns = block_d(head_dim)
-    if heavy and (family, width, kernel, columns) in _HEAVY:
-        return _HEAVY[family, width, kernel, columns]
+    spilling = _HEAVY.get(heavy, {})
+    if (family, width, kernel, columns) in spilling:
+        return spilling[family, width, kernel, columns]
     return _TABLE[family, width, lean and head_dim == columns][kernel][columns]
 
 

@@ -52,7 +52,7 @@ def sum_heads(partial, grad, entries, num_heads, num_keys, LANES: tl.constexpr):
     tl.store(grad + entry, total, mask=exists)
 
 
-SIZED = PLAIN._replace(term=size_term, logits=sized_logits, lean=True)
+SIZED = PLAIN._replace(term=size_term, logits=sized_logits, lean=True, heavy="columns")
 
 
 def size_weighted_attention_fwd(query, key, value, log_sizes, scale, wants_sizes):

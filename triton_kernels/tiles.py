@@ -79,7 +79,7 @@ class Policy(NamedTuple):
     key_span: Any
     query_span: Any
     lean: bool = False  # takes few registers: see configurations.py
-    heavy: bool = False  # takes many
+    heavy: Any = False  # takes many: True, or "columns" where they are one per column
     weigh: Any = unweighed
 
 

@@ -86,6 +86,7 @@ def _check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """As ``_checks.attention_inputs``, but keys may be another number of tokens."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
         return _checks.attention_inputs(op, query, key, value)
+    _checks.floating(op, "query", query)
     like = query if key.shape[2] == query.shape[2] else key
     for name, tensor in (("key", key), ("value", value)):
         _checks.parameter(op, name, tensor, query)

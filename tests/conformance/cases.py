@@ -61,6 +61,7 @@ class Case:
         flops: shape -> FLOPs of the forward by the operator's convention.
         bad: (why, changes of the arguments, exception, what its message must say).
         in_float32: the tensor arguments that stay float32 whatever query's dtype.
+        not_autocast: those that come in query's dtype, but that autocast leaves in theirs.
         straight_through: those whose gradient is by definition not the derivative.
         mixes_batch: whether an example's result depends on the rest of its batch.
         takes_dropout: whether the function has a dropout_p.
@@ -81,6 +82,7 @@ class Case:
     parameters: tuple[str, ...] = field(default=(), repr=False)
     bad: tuple[tuple[str, Callable[[dict], dict], type, str], ...] = field(default=(), repr=False)
     in_float32: tuple[str, ...] = field(default=(), repr=False)
+    not_autocast: tuple[str, ...] = field(default=(), repr=False)
     straight_through: tuple[str, ...] = field(default=(), repr=False)
     mixes_batch: bool = field(default=False, repr=False)
     takes_dropout: bool = field(default=True, repr=False)
@@ -427,6 +429,7 @@ def _token_sizes(variant: str, scale: float | None = None) -> Case:
         options=lambda shape: _scaled(scale, shape),
         differentiable=("query", "key", "value", "sizes") if variant else ("query", "key", "value"),
         in_float32=() if variant else ("sizes",),
+        not_autocast=("sizes",),
         formula=formulas.size_weighted_attention,
         flops=_two_products,
         bad=() if variant else _BAD_SIZES,
