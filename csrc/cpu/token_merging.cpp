@@ -88,7 +88,10 @@ struct MergeGradient {
       const Rows<T, kUnit> upstream(call.grad_output, batch);
       const WrittenRows<T, kStream> grad_x(call.grad_x, batch);
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        if (call.mode == MergeMode::kMax && ahead.count > 1)
+          for (int64_t i = 0; i < ahead.count; ++i)
+            merging::fetch_row(Rows<T, kUnit>(call.x, batch)[ahead.members[i]], columns);
         if (call.mode == MergeMode::kMax && group.count > 1) {
           share(grad_x, upstream[t], {call.x, batch}, Rows<T, kUnit>(call.output, batch)[t], group, columns);
         } else if (call.mode == MergeMode::kMean && group.count > 1) {
@@ -221,7 +224,10 @@ struct WeightedMergeGradient {
       const int64_t token = batch * call.groups.tokens, output = batch * call.groups.outputs;
       const float* const sizes = call.sizes ? call.sizes + token : nullptr;
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        if (call.grad_sizes && ahead.count > 1)
+          for (int64_t i = 0; i < ahead.count; ++i)
+            Sums<T, kUnit>(call.x, call.residual, batch).fetch(ahead.members[i], columns);
         const float total = total_size(sizes, group);
         const float of_total = call.grad_merged_sizes ? call.grad_merged_sizes[output + t] : 0.f;
         // A token alone does not change with its size; where there is nothing to average only the sum of sizes does.
