@@ -19,7 +19,7 @@ from effattn import TokenMerge, bipartite_soft_matching
 from effattn.ops.token_merging_plan import merge_op, unmerge_op, weighted_op
 from effattn.reference.token_merging import MODES, group, token_merge, token_merge_weighted, token_unmerge
 
-DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 BACKENDS = pytest.mark.parametrize("backend", KERNELS["TokenMerge.merge"])
 LAYOUTS = ("contiguous", "transposed", "sliced", "every_other", "expanded_batch", "expanded_everywhere")
 
@@ -199,24 +199,34 @@ def test_results_past_the_caches_are_those_of_few_rows(backend, dtype):
 # ---- what a plan does ----
 
 
-@BACKENDS
-def test_tokens_alone_are_copied_bit_by_bit(backend):
-    require("TokenMerge.merge", backend)
-    device = device_of(backend)
-    plan = pairs_plan(24, 5, device=device)
+def test_tokens_alone_are_copied_bit_by_bit_on_the_cpu():
+    require("TokenMerge.merge", "cpu")
+    plan = pairs_plan(24, 5)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = draw(2, 24, 19, dtype=dtype, device=device)
-        x[:, :, 0], x[:, :, 1] = -0.0, 1e-40 if dtype != torch.float16 else 6e-8
-        sizes = draw(2, 24, device=device).abs() + 0.1
+        x = draw(2, 24, 19, dtype=dtype)
+        x[:, :, 0], x[:, :, 1] = -0.0, 6e-8 if dtype == torch.float16 else 1e-40
+        sizes = draw(2, 24).abs() + 0.1
         alone = plan.offsets.diff().gather(1, plan.source.long()) == 1
-        for merged in (
-            *(plan.merge(x, m, backend=backend) for m in MODES),
-            plan.merge_weighted(x, sizes, backend=backend)[0],
-        ):
-            back = plan.unmerge(merged, backend=backend)
+        averages = (plan.merge_weighted(x, sizes, backend="cpu")[0], plan.merge_weighted(x, backend="cpu")[0])
+        for merged in (*(plan.merge(x, m, backend="cpu") for m in MODES), *averages):
+            back = plan.unmerge(merged, backend="cpu")
             bits = torch.int32 if dtype == torch.float32 else torch.int16
             assert torch.equal(back[alone].view(bits), x[alone].view(bits))
             assert not torch.equal(back, x)
+
+
+@BACKENDS
+@DTYPES
+def test_unmerging_restores_tokens_that_were_alone(backend, dtype):
+    require("TokenMerge.unmerge", backend)
+    device = device_of(backend)
+    plan, x = pairs_plan(24, 5, device=device), draw(2, 24, 19, dtype=dtype, device=device)
+    alone = plan.offsets.diff().gather(1, plan.source.long()) == 1
+    assert alone.sum() >= 2 * (24 - 2 * 5)
+    for merged in (*(plan.merge(x, m, backend=backend) for m in MODES), plan.merge_weighted(x, backend=backend)[0]):
+        back = plan.unmerge(merged, backend=backend)
+        assert torch.equal(back[alone], x[alone])
+        assert not torch.equal(back, x)
 
 
 @BACKENDS
@@ -443,12 +453,11 @@ def test_same_bits_from_run_to_run(backend):
     plan = random_plan(tokens, tokens // 2, batch=2, device=device)
     tensors = [draw(2, tokens, channels, device=device), draw(2, tokens, device=device).abs() + 0.5]
     grads = [draw(2, tokens // 2, channels, device=device), draw(2, tokens // 2, device=device)]
-    found = []
-    for _ in range(2 if is_slow(backend) else 4):
-        found.append(
-            results(lambda t, s: plan.merge_weighted(t, s, backend=backend), tensors, grads)
-            + results(lambda t: plan.merge(t, "max", backend=backend), tensors[:1], grads[:1])
-        )
+    found = [
+        results(lambda t, s: plan.merge_weighted(t, s, backend=backend), tensors, grads)
+        + results(lambda t: plan.merge(t, "max", backend=backend), tensors[:1], grads[:1])
+        for _ in range(2 if is_slow(backend) else 4)
+    ]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
@@ -470,7 +479,7 @@ def test_number_of_threads_changes_no_bit():
 
 
 LEVEL = """
-import torch, test_token_merging as own
+import effattn, torch, test_token_merging as own
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for mode in own.MODES:
         own.test_merge_keeps_the_accuracy_rule("cpu", dtype, mode)
@@ -480,9 +489,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     own.test_unmerge_keeps_the_accuracy_rule("cpu", dtype)
     own.test_memory_layout_changes_no_bit_and_inputs_are_not_written("cpu", dtype, "every_other")
     own.test_results_past_the_caches_are_those_of_few_rows("cpu", dtype)
-own.test_tokens_alone_are_copied_bit_by_bit("cpu")
+own.test_tokens_alone_are_copied_bit_by_bit_on_the_cpu()
 own.test_a_maximum_shows_nan("cpu")
-print(own.merge_op and __import__("effattn")._native.isa())
+print(effattn._native.isa())
 """
 
 
