@@ -6,9 +6,9 @@
 //                                                                        ds_i = (x_i + r_i - y_t) . dy_t / S_t + dS_t
 //
 // Each output belongs to one thread, forward and backward: it reads its members' rows, in ascending order, and writes
-// its own row, or reads its own and writes theirs. A step of 64 columns of a row stays in registers over all members,
-// summed in float32. Most outputs have one member: their row is copied as it is. Bytes: every row is read once and
-// written once (of a maximum's gradient x, y and dy are read, and so they are for ds where an output has several
+// its own row, or reads its own and writes theirs. A step of up to 64 columns of a row stays in registers over all
+// members, summed in float32. Most outputs have one member: their row is copied as it is. Bytes: every row is read once
+// and written once (of a maximum's gradient x, y and dy are read, and so they are for ds where an output has several
 // members); about one FLOP per element, so the aim is the speed of a copy.
 #include "token_merging_rows.h"
 
