@@ -6,9 +6,9 @@
 //                                                                        ds_i = (x_i + r_i - y_t) . dy_t / S_t + dS_t
 //
 // Each output belongs to one thread, forward and backward: it reads its members' rows, in ascending order, and writes
-// its own row, or reads its own and writes theirs. A step of 64 columns of a row stays in registers over all members,
-// summed in float32. Most outputs have one member: their row is copied as it is. Bytes: every row is read once and
-// written once (of a maximum's gradient x, y and dy are read, and so they are for ds where an output has several
+// its own row, or reads its own and writes theirs. A step of up to 64 columns of a row stays in registers over all
+// members, summed in float32. Most outputs have one member: their row is copied as it is. Bytes: every row is read once
+// and written once (of a maximum's gradient x, y and dy are read, and so they are for ds where an output has several
 // members); about one FLOP per element, so the aim is the speed of a copy.
 #include "token_merging_rows.h"
 
@@ -16,12 +16,13 @@ namespace effattn::EFFATTN_ISA {
 namespace {
 
 using merging::Group;
+using merging::group_ahead;
 using merging::group_at;
 using merging::over_columns;
 using merging::over_outputs;
 using merging::Row;
 using merging::Rows;
-using merging::store_row;
+using merging::WrittenRow;
 using merging::WrittenRows;
 
 // The larger one; NaN if one of them is.
@@ -30,15 +31,16 @@ EFFATTN_INLINE Vec larger_or_nan(Vec a, Vec b) {
   return keep ? a : b;
 }
 
-template <class T, bool kUnit>
+template <class T, bool kUnit, bool kStream>
 struct Merge {
   static void run(const TokenMergeForward& call, const Runtime& runtime) {
     const int64_t columns = call.output.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
       const Rows<T, kUnit> x(call.x, batch);
-      const WrittenRows<T> output(call.output, batch);
+      const WrittenRows<T, kStream> output(call.output, batch);
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        for (int64_t i = 0; i < ahead.count; ++i) merging::fetch_row(x[ahead.members[i]], columns);
         if (group.count == 0)
           merging::zero_row(output[t], columns);
         else if (group.count == 1)
@@ -52,18 +54,20 @@ struct Merge {
   }
 
  private:
-  static EFFATTN_INLINE void sum(T* to, const Rows<T, kUnit>& x, const Group& group, float divisor, int64_t columns) {
+  static EFFATTN_INLINE void sum(
+      const WrittenRow<T, kStream>& to, const Rows<T, kUnit>& x, const Group& group, float divisor, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec total[at.kVectors] = {};
       for (int64_t i = 0; i < group.count; ++i) {
         const Row<T, kUnit> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) total[v] += row.load(at, v);
       }
-      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, total[v] / broadcast(divisor));
+      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, total[v] / broadcast(divisor));
     });
   }
 
-  static EFFATTN_INLINE void maximum(T* to, const Rows<T, kUnit>& x, const Group& group, int64_t columns) {
+  static EFFATTN_INLINE void maximum(
+      const WrittenRow<T, kStream>& to, const Rows<T, kUnit>& x, const Group& group, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec best[at.kVectors];
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = x[group.members[0]].load(at, v);
@@ -71,20 +75,23 @@ struct Merge {
         const Row<T, kUnit> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = larger_or_nan(best[v], row.load(at, v));
       }
-      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, best[v]);
+      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, best[v]);
     });
   }
 };
 
-template <class T, bool kUnit>
+template <class T, bool kUnit, bool kStream>
 struct MergeGradient {
   static void run(const TokenMergeBackward& call, const Runtime& runtime) {
     const int64_t columns = call.grad_x.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
       const Rows<T, kUnit> upstream(call.grad_output, batch);
-      const WrittenRows<T> grad_x(call.grad_x, batch);
+      const WrittenRows<T, kStream> grad_x(call.grad_x, batch);
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        if (call.mode == MergeMode::kMax && ahead.count > 1)
+          for (int64_t i = 0; i < ahead.count; ++i)
+            merging::fetch_row(Rows<T, kUnit>(call.x, batch)[ahead.members[i]], columns);
         if (call.mode == MergeMode::kMax && group.count > 1) {
           share(grad_x, upstream[t], {call.x, batch}, Rows<T, kUnit>(call.output, batch)[t], group, columns);
         } else if (call.mode == MergeMode::kMean && group.count > 1) {
@@ -99,8 +106,8 @@ struct MergeGradient {
 
  private:
   // Where the maximum is NaN no member attains it, and its gradient is NaN.
-  static EFFATTN_INLINE void share(const WrittenRows<T>& to, const Row<T, kUnit>& upstream, const Rows<T, kUnit>& x,
-      const Row<T, kUnit>& largest, const Group& group, int64_t columns) {
+  static EFFATTN_INLINE void share(const WrittenRows<T, kStream>& to, const Row<T, kUnit>& upstream,
+      const Rows<T, kUnit>& x, const Row<T, kUnit>& largest, const Group& group, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec best[at.kVectors], part[at.kVectors], others[at.kVectors];
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = largest.load(at, v), part[v] = Vec{};
@@ -115,8 +122,8 @@ struct MergeGradient {
       }
       for (int64_t i = 0; i < group.count; ++i) {
         const Row<T, kUnit> row = x[group.members[i]];
-        EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v)
-            store_row(to[group.members[i]], at, v, row.load(at, v) == best[v] ? part[v] : others[v]);
+        EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to[group.members[i]].store(
+            at, v, row.load(at, v) == best[v] ? part[v] : others[v]);
       }
     });
   }
@@ -138,6 +145,11 @@ class Sums {
   bool has_residual() const { return has_residual_; }
   EFFATTN_INLINE Row<T, kUnit> x(int64_t row) const { return x_[row]; }
 
+  EFFATTN_INLINE void fetch(int64_t row, int64_t columns) const {
+    merging::fetch_row(x_[row], columns);
+    if (has_residual_) merging::fetch_row(residual_[row], columns);
+  }
+
   // to[v] for the whole step.
   template <class Columns>
   EFFATTN_INLINE void load(Vec (&to)[Columns::kVectors], int64_t row, Columns at) const {
@@ -153,17 +165,18 @@ class Sums {
   const bool has_residual_;
 };
 
-template <class T, bool kUnit>
+template <class T, bool kUnit, bool kStream>
 struct WeightedMerge {
   static void run(const WeightedMergeForward& call, const Runtime& runtime) {
     const int64_t columns = call.output.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
       const Sums<T, kUnit> tokens(call.x, call.residual, batch);
-      const WrittenRows<T> output(call.output, batch);
+      const WrittenRows<T, kStream> output(call.output, batch);
       const float* const sizes = call.sizes ? call.sizes + batch * call.groups.tokens : nullptr;
       float* const merged_sizes = call.merged_sizes + batch * call.groups.outputs;
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        for (int64_t i = 0; i < ahead.count; ++i) tokens.fetch(ahead.members[i], columns);
         const float total = total_size(sizes, group);
         merged_sizes[t] = total;
         if (total == 0.f)
@@ -177,17 +190,18 @@ struct WeightedMerge {
   }
 
  private:
-  static EFFATTN_INLINE void single(T* to, const Sums<T, kUnit>& tokens, int64_t member, int64_t columns) {
+  static EFFATTN_INLINE void single(
+      const WrittenRow<T, kStream>& to, const Sums<T, kUnit>& tokens, int64_t member, int64_t columns) {
     if (!tokens.has_residual()) return merging::copy_row(to, tokens.x(member), columns);
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec value[at.kVectors];
       tokens.load(value, member, at);
-      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, value[v]);
+      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, value[v]);
     });
   }
 
-  static EFFATTN_INLINE void average(
-      T* to, const Sums<T, kUnit>& tokens, const float* sizes, const Group& group, float total, int64_t columns) {
+  static EFFATTN_INLINE void average(const WrittenRow<T, kStream>& to, const Sums<T, kUnit>& tokens, const float* sizes,
+      const Group& group, float total, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec sum[at.kVectors] = {}, value[at.kVectors];
       for (int64_t i = 0; i < group.count; ++i) {
@@ -195,22 +209,25 @@ struct WeightedMerge {
         tokens.load(value, group.members[i], at);
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) sum[v] = fma(weight, value[v], sum[v]);
       }
-      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, sum[v] / broadcast(total));
+      EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, sum[v] / broadcast(total));
     });
   }
 };
 
-template <class T, bool kUnit>
+template <class T, bool kUnit, bool kStream>
 struct WeightedMergeGradient {
   static void run(const WeightedMergeBackward& call, const Runtime& runtime) {
     const int64_t columns = call.grad_x.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
       const Rows<T, kUnit> upstream(call.grad_output, batch);
-      const WrittenRows<T> grad_x(call.grad_x, batch);
+      const WrittenRows<T, kStream> grad_x(call.grad_x, batch);
       const int64_t token = batch * call.groups.tokens, output = batch * call.groups.outputs;
       const float* const sizes = call.sizes ? call.sizes + token : nullptr;
       for (int64_t t = first; t < last; ++t) {
-        const Group group = group_at(call.groups, batch, t);
+        const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
+        if (call.grad_sizes && ahead.count > 1)
+          for (int64_t i = 0; i < ahead.count; ++i)
+            Sums<T, kUnit>(call.x, call.residual, batch).fetch(ahead.members[i], columns);
         const float total = total_size(sizes, group);
         const float of_total = call.grad_merged_sizes ? call.grad_merged_sizes[output + t] : 0.f;
         // A token alone does not change with its size; where there is nothing to average only the sum of sizes does.
@@ -255,19 +272,19 @@ struct WeightedMergeGradient {
 }  // namespace
 
 void token_merge_forward(const TokenMergeForward& call, const Runtime& runtime) {
-  merging::dispatch<Merge>(call.x.dtype, merging::has_unit_columns(call.x), call, runtime);
+  merging::dispatch<Merge>(merging::has_unit_columns(call.x), call.output, call, runtime);
 }
 
 void token_merge_backward(const TokenMergeBackward& call, const Runtime& runtime) {
-  const bool unit =
-      merging::has_unit_columns(call.grad_output) &&
-      (call.mode != MergeMode::kMax || (merging::has_unit_columns(call.x) && merging::has_unit_columns(call.output)));
-  merging::dispatch<MergeGradient>(call.grad_output.dtype, unit, call, runtime);
+  bool unit = merging::has_unit_columns(call.grad_output);
+  if (call.mode == MergeMode::kMax)
+    unit = unit && merging::has_unit_columns(call.x) && merging::has_unit_columns(call.output);
+  merging::dispatch<MergeGradient>(unit, call.grad_x, call, runtime);
 }
 
 void weighted_merge_forward(const WeightedMergeForward& call, const Runtime& runtime) {
   const bool unit = merging::has_unit_columns(call.x) && merging::has_unit_columns(call.residual);
-  merging::dispatch<WeightedMerge>(call.x.dtype, unit, call, runtime);
+  merging::dispatch<WeightedMerge>(unit, call.output, call, runtime);
 }
 
 void weighted_merge_backward(const WeightedMergeBackward& call, const Runtime& runtime) {
@@ -275,7 +292,7 @@ void weighted_merge_backward(const WeightedMergeBackward& call, const Runtime& r
   if (call.grad_sizes)
     for (const Tensor* tensor : {&call.x, &call.residual, &call.output})
       unit = unit && merging::has_unit_columns(*tensor);
-  merging::dispatch<WeightedMergeGradient>(call.grad_output.dtype, unit, call, runtime);
+  merging::dispatch<WeightedMergeGradient>(unit, call.grad_x, call, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

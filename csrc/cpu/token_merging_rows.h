@@ -47,13 +47,51 @@ struct Row {
   }
 };
 
-template <class Columns, class T>
-EFFATTN_INLINE void store_row(T* to, Columns at, int v, Vec value) {
-  if constexpr (Columns::kWhole)
-    store_float(to + at.first + v * kLanes, value);
-  else
-    store_float_partial(to + at.first, value, at.count);
+inline constexpr int64_t kLine = 64, kStreamedBytes = int64_t{8} << 20;
+
+// Past the caches; aligned to the vector.
+template <class V>
+EFFATTN_INLINE void stream(void* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(value));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(value));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(value));
+#endif
+  memcpy(to, &value, sizeof(value));
 }
+
+// Streamed stores are seen by other threads only behind it.
+EFFATTN_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// A row to write.
+template <class T, bool kStream>
+struct WrittenRow {
+  T* data;
+
+  template <class Columns>
+  EFFATTN_INLINE void store(Columns at, int v, Vec value) const {
+    if constexpr (!Columns::kWhole) {
+      store_float_partial(data + at.first, value, at.count);
+    } else if constexpr (!kStream) {
+      store_float(data + at.first + v * kLanes, value);
+    } else {
+      T elements[kLanes];
+      store_float(elements, value);
+      if constexpr (sizeof(T) == 4)
+        stream(data + at.first + v * kLanes, load_as<Vec>(elements));
+      else
+        stream(data + at.first + v * kLanes, load_as<HalfVec>(elements));
+    }
+  }
+};
 
 // The rows of one batch of a tensor (1,B,rows,C).
 template <class T, bool kUnit>
@@ -71,12 +109,12 @@ class Rows {
 };
 
 // The rows of one batch of a contiguous tensor that is written.
-template <class T>
+template <class T, bool kStream>
 class WrittenRows {
  public:
   WrittenRows(const Tensor& tensor, int64_t batch)
       : data_(static_cast<T*>(tensor.data) + batch * tensor.size[2] * tensor.size[3]), columns_(tensor.size[3]) {}
-  EFFATTN_INLINE T* operator[](int64_t row) const { return data_ + row * columns_; }
+  EFFATTN_INLINE WrittenRow<T, kStream> operator[](int64_t row) const { return {data_ + row * columns_}; }
 
  private:
   T* data_;
@@ -87,23 +125,55 @@ inline bool has_unit_columns(const Tensor& tensor) {
   return tensor.data == nullptr || tensor.stride[3] == 1 || tensor.size[3] <= 1;
 }
 
-template <class T, bool kUnit>
-EFFATTN_INLINE void copy_row(T* to, const Row<T, kUnit>& from, int64_t columns) {
+inline bool is_streamed(const Tensor& written) {
+  const int64_t row = written.size[3] * element_size(written.dtype);
+  return row % kLine == 0 && reinterpret_cast<uintptr_t>(written.data) % kLine == 0 &&
+         written.size[1] * written.size[2] * row >= kStreamedBytes;
+}
+
+// Bit by bit.
+template <class T, bool kUnit, bool kStream>
+EFFATTN_INLINE void copy_row(const WrittenRow<T, kStream>& to, const Row<T, kUnit>& from, int64_t columns) {
+  if constexpr (kUnit) {
+    constexpr int64_t kBytes = sizeof(Vec);
+    const char* const source = reinterpret_cast<const char*>(from.data);
+    char* const target = reinterpret_cast<char*>(to.data);
+    const int64_t bytes = columns * sizeof(T);
+    int64_t i = 0;
+    for (; i + 4 * kBytes <= bytes; i += 4 * kBytes) {
+      Vec part[4];
+      EFFATTN_UNROLL for (int v = 0; v < 4; ++v) part[v] = load_as<Vec>(source + i + v * kBytes);
+      EFFATTN_UNROLL for (int v = 0; v < 4; ++v) {
+        if constexpr (kStream)
+          stream(target + i + v * kBytes, part[v]);
+        else
+          memcpy(target + i + v * kBytes, &part[v], kBytes);
+      }
+    }
+    memcpy(target + i, source + i, bytes - i);
+  } else {
+    for (int64_t c = 0; c < columns; ++c) to.data[c] = from.data[c * from.stride];
+  }
+}
+
+template <class T, bool kStream>
+EFFATTN_INLINE void zero_row(const WrittenRow<T, kStream>& to, int64_t columns) {
+  memset(static_cast<void*>(to.data), 0, columns * sizeof(T));
+}
+
+template <class T, bool kUnit, bool kStream>
+EFFATTN_INLINE void scale_row(
+    const WrittenRow<T, kStream>& to, const Row<T, kUnit>& from, float factor, int64_t columns) {
   over_columns(columns, [&](auto at) __attribute__((always_inline)) {
-    EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, from.load(at, v));
+    EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, from.load(at, v) * broadcast(factor));
   });
 }
 
-template <class T>
-EFFATTN_INLINE void zero_row(T* to, int64_t columns) {
-  memset(static_cast<void*>(to), 0, columns * sizeof(T));
-}
-
 template <class T, bool kUnit>
-EFFATTN_INLINE void scale_row(T* to, const Row<T, kUnit>& from, float factor, int64_t columns) {
-  over_columns(columns, [&](auto at) __attribute__((always_inline)) {
-    EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) store_row(to, at, v, from.load(at, v) * broadcast(factor));
-  });
+EFFATTN_INLINE void fetch_row(const Row<T, kUnit>& row, int64_t columns) {
+  if constexpr (kUnit)
+    for (int64_t c = 0; c < columns; c += kLine / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(row.data + c, 0, 2);
 }
 
 // The members of one output.
@@ -135,6 +205,7 @@ void over_outputs(const Runtime& runtime, const TokenGroups& groups, int64_t col
       const int64_t last = block + 1 == blocks ? groups.outputs : output_at((block + 1) * kBlock);
       body(batch, output_at(block * kBlock), last);
     }
+    fence();
   };
   for_items(runtime, groups.batch * blocks, 2.0 * groups.batch * rows * columns, range);
 }
@@ -144,17 +215,33 @@ EFFATTN_INLINE Group group_at(const TokenGroups& groups, int64_t batch, int64_t 
   return {groups.members + batch * groups.tokens + offsets[0], offsets[1] - offsets[0]};
 }
 
-// The caller's element type, and whether all tensors have unit columns, as template arguments.
-template <template <class, bool> class Kernel, class Call>
-void dispatch(DType dtype, bool unit, const Call& call, const Runtime& runtime) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return unit ? Kernel<bfloat16, true>::run(call, runtime) : Kernel<bfloat16, false>::run(call, runtime);
-    case DType::kFloat16:
-      return unit ? Kernel<float16, true>::run(call, runtime) : Kernel<float16, false>::run(call, runtime);
-    default:
-      return unit ? Kernel<float, true>::run(call, runtime) : Kernel<float, false>::run(call, runtime);
-  }
+// The first members of the output that comes two later; none behind the last.
+EFFATTN_INLINE Group group_ahead(const TokenGroups& groups, int64_t batch, int64_t output, int64_t last) {
+  if (output + 2 >= last) return {nullptr, 0};
+  const Group group = group_at(groups, batch, output + 2);
+  return {group.members, smaller(group.count, 4)};
+}
+
+template <template <class, bool, bool> class Kernel, class T, class Call>
+void dispatch_layout(bool unit, const Tensor& written, const Call& call, const Runtime& runtime) {
+  if (!unit)
+    Kernel<T, false, false>::run(call, runtime);
+  else if (!is_streamed(written))
+    Kernel<T, true, false>::run(call, runtime);
+  else
+    Kernel<T, true, true>::run(call, runtime);
+}
+
+// The element type, whether all tensors that are read have unit columns, and whether the result is streamed, as
+// template arguments.
+template <template <class, bool, bool> class Kernel, class Call>
+void dispatch(bool unit, const Tensor& written, const Call& call, const Runtime& runtime) {
+  if (written.dtype == DType::kBFloat16)
+    dispatch_layout<Kernel, bfloat16>(unit, written, call, runtime);
+  else if (written.dtype == DType::kFloat16)
+    dispatch_layout<Kernel, float16>(unit, written, call, runtime);
+  else
+    dispatch_layout<Kernel, float>(unit, written, call, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA::merging

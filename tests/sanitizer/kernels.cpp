@@ -417,6 +417,7 @@ void everything(DType dtype) {
 #include "retention_kernels.h"
 #include "toeplitz_kernels.h"
 #include "toeplitz_structured_kernels.h"
+#include "token_merging_kernels.h"
 #include "urpe_kernels.h"
 #include "size_weighted_kernels.h"
 
@@ -438,6 +439,8 @@ int main() {
   urpe_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) size_weighted_kernels(DType::kFloat32);
   size_weighted_kernels(DType::kBFloat16);
+  token_merging_kernels(DType::kFloat32);
+  token_merging_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
