@@ -160,7 +160,8 @@ inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
     used[next] = true;
     expected *= view.size[next];
   }
-  TorchTensor like = empty_strided(view.size, view.stride, 4, tensor.scalar_type());
+  const int64_t dims = tensor.dim();
+  TorchTensor like = empty_strided(view.size + 4 - dims, view.stride + 4 - dims, dims, tensor.scalar_type());
   ask_for_huge_pages(like, expected);
   return like;
 }

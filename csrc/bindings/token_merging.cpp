@@ -46,6 +46,7 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> bipartite_match(TorchTensor me
   const int64_t rows = (num_protected + 1) / 2, columns = std::max<int64_t>(num_protected / 2, distill_token ? 1 : 0);
   STD_TORCH_CHECK(num_protected >= 0 && num_merged >= 1 && num_merged <= (tokens - rows - columns) / 2,
       "num_merged must be in 1..the number of unprotected pairs");
+  STD_TORCH_CHECK(padded || threshold < -1.0, "with a threshold the plan must be padded");
   TorchTensor source = empty({batch, tokens}, ScalarType::Int), members = empty({batch, tokens}, ScalarType::Int),
               offsets = empty({batch, outputs + 1}, ScalarType::Int);
   const auto data = [](const TorchTensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
@@ -55,25 +56,26 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> bipartite_match(TorchTensor me
   return {std::move(source), std::move(members), std::move(offsets)};
 }
 
-TorchTensor merge(const TorchTensor& x, const TokenGroups& groups, MergeMode mode) {
-  const Tensor rows = rows_of(x, "x");
-  check_sizes(rows, {1, groups.batch, groups.tokens, rows.size[3]}, "x");
-  TorchTensor output = empty({groups.batch, groups.outputs, rows.size[3]}, x.scalar_type());
-  kernels().token_merge_forward({rows, groups, mode, view(output, "output")}, runtime());
-  return output;
+Tensor checked_rows(const TorchTensor& tensor, int64_t batch, int64_t rows, const Tensor& like, const char* name) {
+  const Tensor checked = rows_of(tensor, name);
+  check_sizes(checked, {1, batch, rows, like.size[3]}, name);
+  STD_TORCH_CHECK(checked.dtype == like.dtype, name, " must have the element type of the other tensors");
+  return checked;
 }
 
-// x and output may be null where the mode does not read them.
-TorchTensor merge_gradient(
-    const TorchTensor& grad_output, const Tensor* x, const Tensor* output, const TokenGroups& groups, MergeMode mode) {
-  const Tensor grad = rows_of(grad_output, "grad_output");
-  check_sizes(grad, {1, groups.batch, groups.outputs, grad.size[3]}, "grad_output");
-  if (x) check_sizes(*x, {1, groups.batch, groups.tokens, grad.size[3]}, "x");
-  if (output) check_sizes(*output, {1, groups.batch, groups.outputs, grad.size[3]}, "output");
-  TorchTensor grad_x = empty({groups.batch, groups.tokens, grad.size[3]}, grad_output.scalar_type());
-  kernels().token_merge_backward(
-      {grad, x ? *x : Tensor{}, output ? *output : Tensor{}, groups, mode, view(grad_x, "grad_x")}, runtime());
-  return grad_x;
+// A gradient laid out like its tensor; launch(target) writes it. Kernels want rows of adjacent elements.
+template <class Launch>
+TorchTensor gradient_like(const TorchTensor& tensor, const Launch& launch) {
+  const Tensor like = view(tensor, "tensor");
+  TorchTensor gradient = empty_like(tensor, like);
+  const Tensor target = view(gradient, "gradient");
+  if (target.size[3] <= 1 || target.stride[3] == 1) {
+    launch(target);
+    return gradient;
+  }
+  TorchTensor adjacent = empty({like.size[1], like.size[2], like.size[3]}, tensor.scalar_type());
+  launch(view(adjacent, "gradient"));
+  return torch::stable::copy_(gradient, adjacent);
 }
 
 MergeMode mode_of(int64_t mode) {
@@ -82,30 +84,45 @@ MergeMode mode_of(int64_t mode) {
 }
 
 TorchTensor token_merge_fwd(TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets, int64_t mode) {
-  return merge(x, groups_of(source, members, offsets), mode_of(mode));
+  const TokenGroups groups = groups_of(source, members, offsets);
+  const Tensor rows = rows_of(x, "x");
+  check_sizes(rows, {1, groups.batch, groups.tokens, rows.size[3]}, "x");
+  TorchTensor output = empty({groups.batch, groups.outputs, rows.size[3]}, x.scalar_type());
+  kernels().token_merge_forward({rows, groups, mode_of(mode), view(output, "output")}, runtime());
+  return output;
 }
 
 TorchTensor token_merge_bwd(TorchTensor grad_output, TorchTensor x, TorchTensor source, TorchTensor members,
     TorchTensor offsets, TorchTensor output, int64_t mode) {
-  const Tensor rows = rows_of(x, "x"), merged = rows_of(output, "output");
-  return merge_gradient(grad_output, &rows, &merged, groups_of(source, members, offsets), mode_of(mode));
+  const TokenGroups groups = groups_of(source, members, offsets);
+  const Tensor rows = checked_rows(x, groups.batch, groups.tokens, rows_of(x, "x"), "x");
+  const Tensor grad = checked_rows(grad_output, groups.batch, groups.outputs, rows, "grad_output");
+  const Tensor merged = checked_rows(output, groups.batch, groups.outputs, rows, "output");
+  return gradient_like(x, [&](const Tensor& grad_x) {
+    kernels().token_merge_backward({grad, rows, merged, groups, mode_of(mode), grad_x}, runtime());
+  });
 }
 
+// Unmerging is what the gradient of a sum does, and its gradient a sum.
 TorchTensor token_unmerge_fwd(TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets) {
-  return merge_gradient(x, nullptr, nullptr, groups_of(source, members, offsets), MergeMode::kSum);
+  const TokenGroups groups = groups_of(source, members, offsets);
+  const Tensor rows = checked_rows(x, groups.batch, groups.outputs, rows_of(x, "x"), "x");
+  TorchTensor output = empty({groups.batch, groups.tokens, rows.size[3]}, x.scalar_type());
+  kernels().token_merge_backward({rows, {}, {}, groups, MergeMode::kSum, view(output, "output")}, runtime());
+  return output;
 }
 
 TorchTensor token_unmerge_bwd(
     TorchTensor grad_output, TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets) {
-  return merge(grad_output, groups_of(source, members, offsets), MergeMode::kSum);
+  const TokenGroups groups = groups_of(source, members, offsets);
+  const Tensor rows = checked_rows(x, groups.batch, groups.outputs, rows_of(x, "x"), "x");
+  const Tensor grad = checked_rows(grad_output, groups.batch, groups.tokens, rows, "grad_output");
+  return gradient_like(x,
+      [&](const Tensor& grad_x) { kernels().token_merge_forward({grad, groups, MergeMode::kSum, grad_x}, runtime()); });
 }
 
 Tensor residual_of(const OptionalTensor& residual, const Tensor& x) {
-  if (!residual) return {};
-  const Tensor rows = rows_of(*residual, "residual");
-  check_sizes(rows, {1, x.size[1], x.size[2], x.size[3]}, "residual");
-  STD_TORCH_CHECK(rows.dtype == x.dtype, "residual must have the element type of x");
-  return rows;
+  return residual ? checked_rows(*residual, x.size[1], x.size[2], x, "residual") : Tensor{};
 }
 
 std::tuple<TorchTensor, TorchTensor> token_merge_weighted_fwd(TorchTensor x, TorchTensor source, TorchTensor members,
@@ -125,24 +142,23 @@ std::tuple<TorchTensor, TorchTensor> token_merge_weighted_bwd(TorchTensor grad_o
     TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets, OptionalTensor residual,
     OptionalTensor sizes, TorchTensor output, bool wants_sizes) {
   const TokenGroups groups = groups_of(source, members, offsets);
-  const Tensor rows = rows_of(x, "x"), merged = rows_of(output, "output"), grad = rows_of(grad_output, "grad_output");
-  check_sizes(rows, {1, groups.batch, groups.tokens, rows.size[3]}, "x");
-  check_sizes(merged, {1, groups.batch, groups.outputs, rows.size[3]}, "output");
-  check_sizes(grad, {1, groups.batch, groups.outputs, rows.size[3]}, "grad_output");
+  const Tensor rows = checked_rows(x, groups.batch, groups.tokens, rows_of(x, "x"), "x");
+  const Tensor merged = checked_rows(output, groups.batch, groups.outputs, rows, "output");
+  const Tensor grad = checked_rows(grad_output, groups.batch, groups.outputs, rows, "grad_output");
   OptionalTensor dense;
   if (grad_merged_sizes) dense = torch::stable::contiguous(*grad_merged_sizes);
   const float* const upstream =
       dense ? elements<const float>(*dense, ScalarType::Float, {groups.batch, groups.outputs}, "grad_merged_sizes")
             : nullptr;
-  TorchTensor grad_x = empty({groups.batch, groups.tokens, rows.size[3]}, x.scalar_type());
   TorchTensor grad_sizes =
       sizes ? empty({groups.batch, groups.tokens}, ScalarType::Float) : empty({0}, ScalarType::Float);
   float* const wanted = sizes && wants_sizes ? static_cast<float*>(grad_sizes.data_ptr()) : nullptr;
   if (sizes && !wants_sizes) grad_sizes = torch::stable::zero_(grad_sizes);
-  kernels().weighted_merge_backward(
-      {grad, upstream, rows, residual_of(residual, rows), merged, sizes_of(sizes, groups.batch, groups.tokens), groups,
-          view(grad_x, "grad_x"), wanted},
-      runtime());
+  TorchTensor grad_x = gradient_like(x, [&](const Tensor& target) {
+    kernels().weighted_merge_backward({grad, upstream, rows, residual_of(residual, rows), merged,
+                                          sizes_of(sizes, groups.batch, groups.tokens), groups, target, wanted},
+        runtime());
+  });
   return {std::move(grad_x), std::move(grad_sizes)};
 }
 

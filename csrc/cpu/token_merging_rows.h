@@ -108,17 +108,17 @@ class Rows {
   int64_t row_stride_, column_stride_;
 };
 
-// The rows of one batch of a contiguous tensor that is written.
+// The rows of one batch of a tensor that is written; columns lie side by side.
 template <class T, bool kStream>
 class WrittenRows {
  public:
   WrittenRows(const Tensor& tensor, int64_t batch)
-      : data_(static_cast<T*>(tensor.data) + batch * tensor.size[2] * tensor.size[3]), columns_(tensor.size[3]) {}
-  EFFATTN_INLINE WrittenRow<T, kStream> operator[](int64_t row) const { return {data_ + row * columns_}; }
+      : data_(static_cast<T*>(tensor.data) + batch * tensor.stride[1]), row_stride_(tensor.stride[2]) {}
+  EFFATTN_INLINE WrittenRow<T, kStream> operator[](int64_t row) const { return {data_ + row * row_stride_}; }
 
  private:
   T* data_;
-  int64_t columns_;
+  int64_t row_stride_;
 };
 
 inline bool has_unit_columns(const Tensor& tensor) {
@@ -126,8 +126,9 @@ inline bool has_unit_columns(const Tensor& tensor) {
 }
 
 inline bool is_streamed(const Tensor& written) {
-  const int64_t row = written.size[3] * element_size(written.dtype);
-  return row % kLine == 0 && reinterpret_cast<uintptr_t>(written.data) % kLine == 0 &&
+  const int64_t element = element_size(written.dtype), row = written.size[3] * element;
+  const bool whole_lines = (row | written.stride[1] * element | written.stride[2] * element) % kLine == 0;
+  return whole_lines && reinterpret_cast<uintptr_t>(written.data) % kLine == 0 &&
          written.size[1] * written.size[2] * row >= kStreamedBytes;
 }
 

@@ -77,9 +77,10 @@ def size_weighted_attention(
     if backend == "reference":
         flat = flat.to(torch.promote_types(query.dtype, torch.float32))
         return reference.size_weighted_attention(query, key, value, flat, scale, dropout_p)
-    logarithms = log_sizes(flat.float()).contiguous()
-    wanted = torch.is_grad_enabled() and logarithms.requires_grad
-    return weighted_attention(backend, query, key, value, logarithms, scale, wanted)
+    wanted = torch.is_grad_enabled() and flat.requires_grad
+    flat = flat.float()
+    logarithms = log_sizes(flat) if wanted else flat.clamp(min=0.0).log()  # which has no gradient at 0
+    return weighted_attention(backend, query, key, value, logarithms.contiguous(), scale, wanted)
 
 
 def _check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:

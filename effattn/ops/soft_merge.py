@@ -73,9 +73,9 @@ def soft_merge(tokens: Tensor, logits: Tensor, *, backend: str = "auto") -> Tens
             f"{op}: logits must have shape ({tokens.shape[0]}, {tokens.shape[1]}, merged tokens), got "
             f"{tuple(logits.shape)}"
         )
+    tokens, logits = _checks.autocast(tokens, logits)
     if logits.dtype != tokens.dtype:
         raise TypeError(f"{op}: logits must have tokens' dtype {tokens.dtype}, got {logits.dtype}")
-    tokens, logits = _checks.autocast(tokens, logits)
     backend = choose(op, backend, Problem(tokens.device.type, tokens.dtype, 1))
     if backend == "reference":
         return reference.soft_merge(tokens, logits)

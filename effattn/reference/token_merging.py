@@ -91,10 +91,12 @@ def token_merge(x: Tensor, source: Tensor, offsets: Tensor, mode: str = "mean") 
     """(B, N, C) -> (B, T, C): mean, sum or maximum over the members of each output."""
     counts = offsets.diff().unsqueeze(-1)
     index = source.long().unsqueeze(-1).expand_as(x)
-    zeros = x.new_zeros((*counts.shape[:2], x.shape[2]))
+    shape = (*counts.shape[:2], x.shape[2])
     if mode == "max":
-        return zeros.scatter_reduce(1, index, x, "amax", include_self=False)
-    total = zeros.scatter_add(1, index, x)
+        # From NaN: torch shares a maximum's gradient with a start that equals it, even where the start takes no part.
+        largest = x.new_full(shape, float("nan")).scatter_reduce(1, index, x, "amax", include_self=False)
+        return largest.masked_fill(counts == 0, 0.0)
+    total = x.new_zeros(shape).scatter_add(1, index, x)
     return total / counts.clamp(min=1).to(x.dtype) if mode == "mean" else total
 
 
@@ -106,7 +108,8 @@ def token_merge_weighted(
     sizes = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)) if sizes is None else sizes
     merged = token_merge(sizes.unsqueeze(-1), source, offsets, "sum")
     total = token_merge(x * sizes.unsqueeze(-1).to(x.dtype), source, offsets, "sum")
-    return total / merged.masked_fill(merged == 0, 1.0).to(x.dtype), merged.squeeze(-1)
+    nothing = merged == 0
+    return (total / merged.masked_fill(nothing, 1.0).to(x.dtype)).masked_fill(nothing, 0.0), merged.squeeze(-1)
 
 
 def token_unmerge(x: Tensor, source: Tensor) -> Tensor:
