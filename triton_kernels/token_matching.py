@@ -41,6 +41,7 @@ LAST = tl.constexpr(2**20 - 1)
 HALF_EVEN = tl.constexpr(1.5 * 2**52)  # added and subtracted: rounds to an integer
 NOT_A_NUMBER, ABSENT, PROTECTED, NOTHING = (tl.constexpr(level) for level in (-2.0, -3.0, -4.0, -5.0))
 NEVER = tl.constexpr(2**41 - 1)  # the code of a row that is not merged: above every other, and so are its lower 20 bits
+EXACT_K = tl.constexpr(32)  # elements of float64 products that a row holds
 LOWEST = tl.constexpr(-(2**63))
 
 
@@ -55,7 +56,7 @@ class Configuration(NamedTuple):
 C = Configuration
 SCALES = C(16, 0, 64, 4, 1)
 COUNTS = C(32, 64, 0, 4, 1)
-_PARTNERS = C(64, 64, 16, 8, 1)
+_PARTNERS = C(64, 64, 32, 8, 1)
 _INTERPRETED = {"token_scales": C(64, 0, 32, 4, 1), "best_partners": C(32, 32, 32, 4, 1), "counts": C(32, 32, 0, 4, 1)}
 
 
@@ -122,13 +123,13 @@ def scores(units, scales, row_scale, i, j, firsts, seconds, width, BLOCK_M, BLOC
 
 
 @triton.jit
-def exact_keys(metric, scales, strides, row_scale, i, j, valid, dims, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def exact_keys(metric, scales, strides, row_scale, i, j, valid, dims, BLOCK_M: tl.constexpr):
     """Keys of the pairs (i, j) of tokens that have a similarity."""
     rows = metric + (2 * i).to(tl.int64)[:, None] * strides[1]
     columns = metric + (2 * j + 1).to(tl.int64)[:, None] * strides[1]
     total = tl.zeros((BLOCK_M,), tl.float64)
-    for start in range(0, dims, BLOCK_K):
-        d = start + tl.arange(0, BLOCK_K)
+    for start in range(0, dims, EXACT_K):
+        d = start + tl.arange(0, EXACT_K)
         inside = valid[:, None] & (d < dims)[None, :]
         left = tl.load(rows + d.to(tl.int64)[None, :] * strides[2], mask=inside, other=0.0).to(tl.float64)
         right = tl.load(columns + d.to(tl.int64)[None, :] * strides[2], mask=inside, other=0.0).to(tl.float64)
@@ -182,7 +183,7 @@ def best_partners(
         partner = tl.where(highest > best, place, partner)
         best = tl.maximum(best, highest)
     similar = best >= -1.0
-    key = exact_keys(metric, scales, strides, row_scale, i, partner, similar, dims, BLOCK_M, BLOCK_K)
+    key = exact_keys(metric, scales, strides, row_scale, i, partner, similar, dims, BLOCK_M)
     key = tl.where(similar, key, key_of(best.to(tl.float64) * STEPS, partner))
     # A row of zeros is similar to nothing, exactly.
     doubtful = similar & (row_scale > 0.0) & (second >= tl.maximum(best - tolerance, -1.0))
@@ -195,7 +196,7 @@ def best_partners(
             place = tl.min(candidate, 1)
             while tl.min(place, 0) <= LAST:
                 found = place <= LAST
-                other = exact_keys(metric, scales, strides, row_scale, i, place, found, dims, BLOCK_M, BLOCK_K)
+                other = exact_keys(metric, scales, strides, row_scale, i, place, found, dims, BLOCK_M)
                 key = tl.where(found, tl.maximum(key, other), key)
                 candidate = tl.where(candidate == place[:, None], LAST + 1, candidate)
                 place = tl.min(candidate, 1)
@@ -212,9 +213,7 @@ def by_index(key, i):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_merged", "limit"])
-def rank_proposals(
-    keys, ranks, codes, num_tokens, num_merged, limit, BLOCK_M: tl.constexpr, LANES: tl.constexpr
-):
+def rank_proposals(keys, ranks, codes, num_tokens, num_merged, limit, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
     """ranks (B, |a|), codes (B, r) by rank: partner 2^20 + i of a merged row, or NEVER. limit: the lowest key to merge."""
     firsts = (num_tokens + 1) // 2
     blocks = tl.cdiv(firsts, BLOCK_M)
