@@ -41,7 +41,7 @@ LAST = tl.constexpr(2**20 - 1)
 HALF_EVEN = tl.constexpr(1.5 * 2**52)  # added and subtracted: rounds to an integer
 NOT_A_NUMBER, ABSENT, PROTECTED, NOTHING = (tl.constexpr(level) for level in (-2.0, -3.0, -4.0, -5.0))
 NEVER = tl.constexpr(2**41 - 1)  # the code of a row that is not merged: above every other, and so are its lower 20 bits
-EXACT_K = tl.constexpr(32)  # elements of float64 products that a row holds
+EXACT_K = tl.constexpr(16)  # float64 products of a row at a time; with more, registers leave room for one program only
 LOWEST = tl.constexpr(-(2**63))
 
 
@@ -56,7 +56,8 @@ class Configuration(NamedTuple):
 C = Configuration
 SCALES = C(16, 0, 64, 4, 1)
 COUNTS = C(32, 64, 0, 4, 1)
-_PARTNERS = C(64, 64, 32, 8, 1)
+_PARTNERS = {family: C(64, 64, 16, 8, 2) for family in table.FAMILIES}
+_PARTNERS["sm_100"] = C(64, 64, 8, 8, 3)  # spills at 16
 _INTERPRETED = {"token_scales": C(64, 0, 32, 4, 1), "best_partners": C(32, 32, 32, 4, 1), "counts": C(32, 32, 0, 4, 1)}
 
 
@@ -315,9 +316,11 @@ def write_plan(
 
 
 def _configuration(kernel, device):
-    if table.architecture(device) == "interpreted":
+    """Chosen by ahead-of-time compiles, as in configurations.py."""
+    family = table.architecture(device)
+    if family == "interpreted":
         return _INTERPRETED[kernel]
-    return {"token_scales": SCALES, "best_partners": _PARTNERS, "counts": COUNTS}[kernel]
+    return {"token_scales": SCALES, "best_partners": _PARTNERS[family], "counts": COUNTS}[kernel]
 
 
 def tolerance(dims):

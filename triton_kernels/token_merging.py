@@ -37,6 +37,7 @@ UNROLL = tl.constexpr(4)
 # Strides (batch, row, channel) of what each kernel reads.
 MergeStrides = namedtuple("MergeStrides", "x residual")
 SpreadStrides = namedtuple("SpreadStrides", "grad grad_sizes x residual output")
+MaximumStrides = namedtuple("MaximumStrides", "grad x output")
 
 
 class Configuration(NamedTuple):
@@ -283,7 +284,7 @@ def _merge(x, residual, sizes, members, offsets, merged_sizes, mode):
         x.device,
         config,
         *(x, residual, sizes, members, offsets, output, merged_sizes),
-        MergeStrides(x.stride(), None if residual is None else residual.stride()),
+        MergeStrides(x.stride(), (x if residual is None else residual).stride()),
         *(members.shape[1], outputs, channels, parts),
         MODE=mode,
         BLOCK_R=config.block_r,
@@ -306,7 +307,7 @@ def _spread(grad, source, offsets, mode, sizes=None, merged_sizes=None, slopes=N
         grad.device,
         config,
         *(grad, *read, sizes, merged_sizes, source, offsets, grad_x, grad_sizes),
-        SpreadStrides(grad.stride(), *(None if tensor is None else tensor.stride() for tensor in read)),
+        SpreadStrides(grad.stride(), *((grad if tensor is None else tensor).stride() for tensor in read)),
         *(tokens, outputs, channels, parts),
         MODE=mode,
         BLOCK_R=config.block_r,
@@ -334,7 +335,7 @@ def token_merge_bwd(grad_output, x, source, members, offsets, output, mode):
         x.device,
         config,
         *(grad_output, x, output, members, offsets, grad_x),
-        SpreadStrides(grad_output.stride(), None, x.stride(), None, output.stride()),
+        MaximumStrides(grad_output.stride(), x.stride(), output.stride()),
         *(tokens, outputs, channels, parts),
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,
