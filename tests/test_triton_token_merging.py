@@ -126,7 +126,7 @@ def test_columns_that_single_precision_takes_for_the_best_may_not_be():
 def test_the_tolerance_covers_the_rounding_of_scores(dims):
     """Each of the d products and sums may round by 2^-24, and both factors."""
     unit = 2.0**-24
-    assert token_matching.tolerance(dims) >= min(2.0, 2 * ((1 + unit) ** (dims + 2) - 1 + 2.0**-40))
+    assert token_matching.tolerance(dims) >= min(4.0, 2 * ((1 + unit) ** (dims + 2) - 1 + 2.0**-40))
 
 
 def test_tokens_of_zeros_nan_and_infinity_and_absent_ones_are_merged_last():
@@ -184,7 +184,6 @@ def assert_accurate(draw, dtype, names):
     for _ in range(8):
         for name, ours, low, exact in zip(names, *draw()):
             assert (ours.shape, ours.dtype) == (exact.shape, low.dtype), name
-            assert ours.is_contiguous(), name
             assert ours.isfinite().all(), name
             found = tuple(t.abs().max().item() for t in (ours.double() - exact, low.double() - exact, exact))
             pool[name] = tuple(map(max, pool.get(name, (0, 0, 0)), found))
@@ -322,17 +321,19 @@ def test_unmerging_copies_rows_and_adds_up_their_gradients(dtype):
     assert torch.equal(found, token_merging.token_merge_fwd(grad, *plan, SUM))
 
 
+def everything(plan, sizes, x, residual, grad, grad_sizes):
+    """(results, gradients of x, gradient of unmerge's x)"""
+    output, merged, grad_x, slopes = weigh(x, plan, residual, sizes, grad, grad_sizes)
+    outputs, gradients = [output, merged, slopes, token_merging.token_unmerge_fwd(grad, *plan)], [grad_x]
+    for mode in (MEAN, MAX):
+        outputs.append(token_merging.token_merge_fwd(x, *plan, mode))
+        gradients.append(token_merging.token_merge_bwd(grad, x, *plan, outputs[-1], mode))
+    return outputs, gradients, token_merging.token_unmerge_bwd(x, grad, *plan)
+
+
 def test_strides_and_neighbours_of_rows_do_not_matter():
     plan, sizes = groups(2, 12, 5), torch.rand(2, 12, device=DEVICE)
     x, residual, grad, grad_sizes = random(2, 12, 6), random(2, 12, 6), random(2, 5, 6), random(2, 5)
-
-    def everything(x, residual, grad, grad_sizes):
-        found = [*weigh(x, plan, residual, sizes, grad, grad_sizes), token_merging.token_unmerge_fwd(grad, *plan)]
-        found.append(token_merging.token_unmerge_bwd(x, grad, *plan))
-        for mode in (MEAN, MAX):
-            found.append(token_merging.token_merge_fwd(x, *plan, mode))
-            found.append(token_merging.token_merge_bwd(grad, x, *plan, found[-1], mode))
-        return found
 
     def surrounded(tensor):
         wide = torch.full((2, tensor.shape[1] + 2, 14), INF, device=DEVICE)
@@ -340,14 +341,23 @@ def test_strides_and_neighbours_of_rows_do_not_matter():
         view.copy_(tensor)
         return view
 
-    expected = everything(x, residual, grad, grad_sizes)
-    given = (*(surrounded(t) for t in (x, residual, grad)), grad_sizes.mT.contiguous().mT)
-    for ours, wanted in zip(everything(*given), expected):
-        assert ours.is_contiguous()
-        assert torch.equal(ours, wanted)
+    expected = everything(plan, sizes, x, residual, grad, grad_sizes)
+    transposed = [t.mT.contiguous().mT for t in (x, residual, grad, grad_sizes)]
+    for given in ((*map(surrounded, (x, residual, grad)), transposed[3]), transposed):
+        outputs, gradients, grad_rows = everything(plan, sizes, *given)
+        for ours, wanted in zip((*outputs, *gradients, grad_rows), (*expected[0], *expected[1], expected[2])):
+            assert torch.equal(ours, wanted)
+        assert all(t.is_contiguous() for t in outputs)
+        assert {t.stride() for t in gradients} == {torch.empty_like(given[0]).stride()}
+        assert grad_rows.stride() == torch.empty_like(given[2]).stride()
+
+
+def test_expanded_rows_are_rows():
+    plan, sizes = groups(2, 12, 5), torch.rand(2, 12, device=DEVICE)
     one = torch.ones(1, 1, 1, device=DEVICE)
     expanded = (one.expand(2, 12, 6), one.expand(2, 12, 6), one.expand(2, 5, 6), one[0].expand(2, 5))
-    for ours, wanted in zip(everything(*expanded), everything(*(t.contiguous() for t in expanded))):
+    found, expected = (everything(plan, sizes, *given) for given in (expanded, [t.contiguous() for t in expanded]))
+    for ours, wanted in zip((*found[0], *found[1], found[2]), (*expected[0], *expected[1], expected[2])):
         assert torch.equal(ours, wanted)
 
 

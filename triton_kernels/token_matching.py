@@ -326,7 +326,7 @@ def _configuration(kernel, device):
 def tolerance(dims):
     """2 eps(d): how far below the best score the largest similarity may score."""
     roundings = (dims + 8) * 2.0**-24
-    return 2 * roundings / (1 - roundings) if roundings < 0.5 else 2.0
+    return 2 * roundings / (1 - roundings) if roundings < 0.5 else 4.0
 
 
 def bipartite_match(metric, sizes, num_merged, num_protected, distill_token, threshold, padded):

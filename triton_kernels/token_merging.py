@@ -6,8 +6,8 @@
     gradients  dx_i = f_i g_t, t = source_i: f_i is 1, 1 / members, s_i / S_t, or 1 / ties for a member equal to the maximum, else 0
                dresidual_i = dx_i    ds_i = ((x_i + residual_i) - y_t) . g_t / S_t + dS_t
 
-x is (B, N, C) at any strides, results are contiguous. Whoever writes a row owns it, and members come in ascending order, so
-nothing is atomic. Sums are float32, and a maximum that sees a NaN is one.
+x is (B, N, C) at any strides, outputs are contiguous, gradients are laid out like x. Whoever writes a row owns it, and members
+come in ascending order, so nothing is atomic. Sums are float32, and a maximum that sees a NaN is one.
 
 Kernel             one program owns                         in registers                     reads                   FLOPs
 merge_rows         BLOCK_R outputs x BLOCK_C channels       their sums or maxima             the rows of members     2 N C
@@ -34,10 +34,10 @@ MEAN, SUM, MAX = (tl.constexpr(mode) for mode in range(3))  # the last index int
 WEIGHTED = tl.constexpr(3)
 UNROLL = tl.constexpr(4)
 
-# Strides (batch, row, channel) of what each kernel reads.
-MergeStrides = namedtuple("MergeStrides", "x residual")
-SpreadStrides = namedtuple("SpreadStrides", "grad grad_sizes x residual output")
-MaximumStrides = namedtuple("MaximumStrides", "grad x output")
+# Strides (batch, row, channel) of what each kernel reads and writes.
+MergeStrides = namedtuple("MergeStrides", "x residual output")
+SpreadStrides = namedtuple("SpreadStrides", "grad grad_sizes x residual output grad_x")
+MaximumStrides = namedtuple("MaximumStrides", "grad x output grad_x")
 
 
 class Configuration(NamedTuple):
@@ -134,7 +134,7 @@ def merge_rows(
             weight = count.to(tl.float32)
         total = tl.where((weight != 0.0)[:, None], total / tl.where(weight != 0.0, weight, 1.0)[:, None], 0.0)
     valid = t < num_outputs
-    place = output + (b * num_outputs + t)[:, None] * num_channels + c[None, :]
+    place = pointers_of(output, strides.output, b, t, c)
     tl.store(place, narrow(total, output.dtype.element_ty), mask=valid[:, None] & (c < num_channels)[None, :])
     if MODE == WEIGHTED:  # noqa: SIM102 - decided when it is compiled
         if part == 0:
@@ -200,7 +200,7 @@ def spread_rows(
         c = start + tl.arange(0, BLOCK_C)
         mask = valid[:, None] & (c < num_channels)[None, :]
         g = load_rows(grad, strides.grad, b, t, c, mask)
-        place = grad_x + (b * num_tokens + i)[:, None] * num_channels + c[None, :]
+        place = pointers_of(grad_x, strides.grad_x, b, i, c)
         # a member of weight 0 has no part in its output, whatever that output's gradient is
         share = tl.where((factor != 0.0)[:, None], g * factor[:, None], 0.0)
         tl.store(place, narrow(share, grad_x.dtype.element_ty), mask=mask)
@@ -252,7 +252,7 @@ def share_maxima(
                 row = load_rows(x, strides.x, b, i, c, mask)
                 attains = mask & ((row == highest) | ((row != row) & (highest != highest)))
                 if WRITES:
-                    place = grad_x + (b * num_tokens + i)[:, None] * num_channels + c[None, :]
+                    place = pointers_of(grad_x, strides.grad_x, b, i, c)
                     share = tl.where(attains, g / tl.maximum(ties, 1.0), 0.0)
                     tl.store(place, narrow(share, grad_x.dtype.element_ty), mask=mask)
                 else:
@@ -272,10 +272,8 @@ def _parts(channels, config):
     return max(1, triton.cdiv(channels, config.block_c))
 
 
-def _merge(x, residual, sizes, members, offsets, merged_sizes, mode):
-    batch, _, channels = x.shape
-    outputs = offsets.shape[1] - 1
-    output = torch.empty((batch, outputs, channels), dtype=x.dtype, device=x.device)
+def _merge(x, residual, sizes, members, offsets, output, merged_sizes, mode):
+    batch, outputs, channels = output.shape
     config = _configuration(x)
     parts = _parts(channels, config)
     table.launch(
@@ -284,7 +282,7 @@ def _merge(x, residual, sizes, members, offsets, merged_sizes, mode):
         x.device,
         config,
         *(x, residual, sizes, members, offsets, output, merged_sizes),
-        MergeStrides(x.stride(), (x if residual is None else residual).stride()),
+        MergeStrides(x.stride(), (x if residual is None else residual).stride(), output.stride()),
         *(members.shape[1], outputs, channels, parts),
         MODE=mode,
         BLOCK_R=config.block_r,
@@ -293,11 +291,9 @@ def _merge(x, residual, sizes, members, offsets, merged_sizes, mode):
     return output
 
 
-def _spread(grad, source, offsets, mode, sizes=None, merged_sizes=None, slopes=None):
+def _spread(grad, source, offsets, grad_x, mode, sizes=None, merged_sizes=None, slopes=None):
     """slopes: (grad_merged_sizes, x, residual, output, grad_sizes), where the gradient of sizes is wanted."""
-    batch, outputs, channels = grad.shape
-    tokens = source.shape[1]
-    grad_x = torch.empty((batch, tokens, channels), dtype=grad.dtype, device=grad.device)
+    batch, tokens, channels = grad_x.shape
     *read, grad_sizes = slopes or (None,) * 5
     config = _configuration(grad)
     parts = 1 if slopes else _parts(channels, config)
@@ -307,8 +303,10 @@ def _spread(grad, source, offsets, mode, sizes=None, merged_sizes=None, slopes=N
         grad.device,
         config,
         *(grad, *read, sizes, merged_sizes, source, offsets, grad_x, grad_sizes),
-        SpreadStrides(grad.stride(), *((grad if tensor is None else tensor).stride() for tensor in read)),
-        *(tokens, outputs, channels, parts),
+        SpreadStrides(
+            grad.stride(), *((grad if tensor is None else tensor).stride() for tensor in read), grad_x.stride()
+        ),
+        *(tokens, offsets.shape[1] - 1, channels, parts),
         MODE=mode,
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,
@@ -316,17 +314,21 @@ def _spread(grad, source, offsets, mode, sizes=None, merged_sizes=None, slopes=N
     return grad_x
 
 
+def _outputs(x, offsets):
+    return torch.empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]), dtype=x.dtype, device=x.device)
+
+
 def token_merge_fwd(x, source, members, offsets, mode):
-    return _merge(x, None, None, members, offsets, None, mode)
+    return _merge(x, None, None, members, offsets, _outputs(x, offsets), None, mode)
 
 
 def token_merge_bwd(grad_output, x, source, members, offsets, output, mode):
     """grad_x"""
+    grad_x = torch.empty_like(x)
     if mode != MAX.value:
-        return _spread(grad_output, source, offsets, mode)
+        return _spread(grad_output, source, offsets, grad_x, mode)
     batch, tokens, channels = x.shape
     outputs = offsets.shape[1] - 1
-    grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     config = _configuration(x)
     parts = _parts(channels, config)
     table.launch(
@@ -335,7 +337,7 @@ def token_merge_bwd(grad_output, x, source, members, offsets, output, mode):
         x.device,
         config,
         *(grad_output, x, output, members, offsets, grad_x),
-        MaximumStrides(grad_output.stride(), x.stride(), output.stride()),
+        MaximumStrides(grad_output.stride(), x.stride(), output.stride(), grad_x.stride()),
         *(tokens, outputs, channels, parts),
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,
@@ -345,32 +347,40 @@ def token_merge_bwd(grad_output, x, source, members, offsets, output, mode):
 
 def token_merge_weighted_fwd(x, source, members, offsets, residual, sizes, wants_sizes):
     """(output, merged_sizes)"""
-    merged_sizes = torch.empty((x.shape[0], offsets.shape[1] - 1), dtype=torch.float32, device=x.device)
-    return _merge(x, residual, sizes, members, offsets, merged_sizes, WEIGHTED.value), merged_sizes
+    output = _outputs(x, offsets)
+    merged_sizes = torch.empty(output.shape[:2], dtype=torch.float32, device=x.device)
+    return _merge(x, residual, sizes, members, offsets, output, merged_sizes, WEIGHTED.value), merged_sizes
 
 
 def token_merge_weighted_bwd(
     grad_output, grad_merged_sizes, x, source, members, offsets, residual, sizes, output, wants_sizes
 ):
     """(grad_x, grad_sizes)"""
+    arguments = (grad_output, source, offsets, torch.empty_like(x))
     if sizes is None:
-        return _spread(grad_output, source, offsets, MEAN.value), torch.empty((0,), device=x.device)
+        return _spread(*arguments, MEAN.value), torch.empty((0,), dtype=torch.float32, device=x.device)
     batch, outputs, _ = grad_output.shape
     merged_sizes = torch.empty((batch, outputs), dtype=torch.float32, device=x.device)
-    programs = batch * triton.cdiv(outputs, LANES.block_r)
-    arguments = (sizes, members, offsets, merged_sizes, members.shape[1], outputs)
-    table.launch(sum_sizes, programs, x.device, LANES, *arguments, LANES=LANES.block_r)
+    table.launch(
+        sum_sizes,
+        batch * triton.cdiv(outputs, LANES.block_r),
+        x.device,
+        LANES,
+        *(sizes, members, offsets, merged_sizes, members.shape[1], outputs),
+        LANES=LANES.block_r,
+    )
+    arguments += (WEIGHTED.value, sizes, merged_sizes)
     if not wants_sizes:
-        return _spread(grad_output, source, offsets, WEIGHTED.value, sizes, merged_sizes), torch.zeros_like(sizes)
+        return _spread(*arguments), torch.zeros_like(sizes)
     grad_sizes = torch.empty_like(sizes)
-    slopes = (grad_merged_sizes, x, residual, output, grad_sizes)
-    return _spread(grad_output, source, offsets, WEIGHTED.value, sizes, merged_sizes, slopes), grad_sizes
+    return _spread(*arguments, (grad_merged_sizes, x, residual, output, grad_sizes)), grad_sizes
 
 
 def token_unmerge_fwd(x, source, members, offsets):
-    return _spread(x, source, offsets, SUM.value)
+    rows = torch.empty((*source.shape, x.shape[2]), dtype=x.dtype, device=x.device)
+    return _spread(x, source, offsets, rows, SUM.value)
 
 
 def token_unmerge_bwd(grad_output, x, source, members, offsets):
     """grad_x"""
-    return _merge(grad_output, None, None, members, offsets, None, SUM.value)
+    return _merge(grad_output, None, None, members, offsets, torch.empty_like(x), None, SUM.value)
