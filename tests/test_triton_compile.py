@@ -112,6 +112,18 @@ def cases():
                 for family in configurations.FAMILIES
                 for dtype in ("bfloat16", "float32")
                 for channels in (64, 100, 768)
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.MATCHINGS
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float32")
+                for size in (64, 77)
+            ]
+            + [
+                (operation, family, dtype, size, None)
+                for operation in triton_compiler.MERGES
+                for family in configurations.FAMILIES
+                for dtype in ("bfloat16", "float32")
+                for size in (768, 197)
             ]
             + [("urpe_grid_causal", "cdna", "bfloat16", 64, None)]
         )
@@ -183,6 +195,12 @@ def cases():
         ("soft_merge", "sm_80", "bfloat16", 100, ("token_gradient",)),
         ("soft_merge_transposed", "sm_80", "bfloat16", 768, ("soft_merge_forward",)),
         ("soft_merge_few", "sm_120", "bfloat16", 768, ("soft_merge_forward",)),
+        ("token_matching", "sm_90", "bfloat16", 64, None),
+        ("token_matching", "sm_80", "float32", 77, ("best_partners",)),
+        ("token_matching", "sm_100", "float16", 77, ("best_partners",)),
+        ("token_matching", "sm_120", "bfloat16", 64, ("best_partners",)),
+        ("token_merge_weighted", "sm_90", "bfloat16", 768, None),
+        ("token_merge_max", "sm_80", "float32", 197, None),
     ]
     return chosen
 
@@ -277,6 +295,15 @@ def test_hopper_multiplies_shift_add_tiles_with_warpgroups(results):
             kernels.add(result["kernel"])
             assert result["matrix"]["HGMMA"] or result["matrix"]["IGMMA"], describe(result)
     assert kernels == set(SHIFT_ADD)
+
+
+def test_scores_of_token_matching_are_true_single_precision(results):
+    """What tensor cores round is not within the bound by which candidates are chosen."""
+    found = [r for r in results if r["kernel"] == "best_partners" and r["family"] in CUDA]
+    assert {r["family"] for r in found} == set(CUDA)
+    for result in found:
+        used = {name for name, count in result["matrix"].items() if count}
+        assert used == {"FFMA"}, describe(result)
 
 
 def test_hopper_multiplies_tiles_with_warpgroups_up_to_head_dim_128(results):

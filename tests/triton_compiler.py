@@ -3,6 +3,7 @@
     python triton_compiler.py CASES.json RESULTS.json
 
 A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of soft_merge: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
+A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of token matching and merging: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
 recorded launch is specialised as Triton's own launcher would do it and compiled for the case's target.
 """
 
@@ -29,6 +30,8 @@ from effattn.triton_kernels import (
     size_weighted_attention,
     soft_merge,
     toeplitz,
+    token_matching,
+    token_merging,
     urpe,
 )
 from triton.backends.compiler import GPUTarget
@@ -113,6 +116,13 @@ FEATURE_MAPS = {  # operation -> directions, trigonometric, normalize, shift
 }
 SOFT_MERGE = {"soft_merge": 160, "soft_merge_odd": 157, "soft_merge_few": 8, "soft_merge_transposed": 157}  # -> outputs
 OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE, *SOFT_MERGE)
+MATCHINGS = {  # operation -> whether sizes, protected tokens, distill_token, padded
+    "token_matching": (True, 1, False, True),
+    "token_matching_published": (False, 0, False, False),
+    "token_matching_distill": (False, 2, True, False),
+}
+MERGES = ("token_merge_mean", "token_merge_max", "token_merge_weighted", "token_unmerge")
+OPERATIONS += (*TOEPLITZ, *FEATURE_MAPS, *URPE, *MATCHINGS, *MERGES)
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "UTCIMMA", "FFMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -233,6 +243,29 @@ def _run_soft_merge(operation, dtype, channels):
         logits = make(8, outputs, 197, dtype=dtype).mT
     saved = soft_merge.soft_merge_fwd(tokens, logits)
     soft_merge.soft_merge_bwd(torch.empty_like(saved[0]), tokens, logits, *saved)
+def _run_matching(operation, dtype, dims):
+    """The launcher of bipartite_match at ViT-S: 197 tokens, of which 16 pairs are merged."""
+    has_sizes, num_protected, distill_token, padded = MATCHINGS[operation]
+    metric, sizes = make(8, 197, dims, dtype=dtype), make(8, 197, dtype=torch.float32) if has_sizes else None
+    options = (16, num_protected, distill_token, 0.5 if padded else -2.0, padded)
+    token_matching.bipartite_match(metric, sizes, *options)
+
+
+def _run_merges(operation, dtype, channels):
+    """Forward and backward launchers, from 197 tokens to 181."""
+    x, grad, output = (make(8, tokens, channels, dtype=dtype) for tokens in (197, 181, 181))
+    plan = [make(8, count, dtype=torch.int32) for count in (197, 197, 182)]
+    if operation == "token_unmerge":
+        token_merging.token_unmerge_fwd(grad, *plan)
+        token_merging.token_unmerge_bwd(x, grad, *plan)
+    elif operation == "token_merge_weighted":
+        sizes, merged_sizes = (make(8, tokens, dtype=torch.float32) for tokens in (197, 181))
+        token_merging.token_merge_weighted_fwd(x, *plan, x, sizes, True)
+        token_merging.token_merge_weighted_bwd(grad, merged_sizes, x, *plan, x, sizes, output, True)
+    else:
+        mode = 2 if operation == "token_merge_max" else 0
+        token_merging.token_merge_fwd(x, *plan, mode)
+        token_merging.token_merge_bwd(grad, x, *plan, output, mode)
 
 
 def _run(operation, dtype, head_dim):
@@ -253,6 +286,10 @@ def _run(operation, dtype, head_dim):
         return _run_features(operation, dtype, head_dim)
     if operation in SOFT_MERGE:
         return _run_soft_merge(operation, dtype, head_dim)
+    if operation in MATCHINGS:
+        return _run_matching(operation, dtype, head_dim)
+    if operation in MERGES:
+        return _run_merges(operation, dtype, head_dim)
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -326,6 +363,7 @@ def _specialise(path, argument, generic, constants, attributes):
                 torch.bfloat16: "bf16",
                 torch.float16: "fp16",
                 torch.int32: "i32",
+                torch.int64: "i64",
                 torch.float64: "fp64",
                 torch.uint8: "u8",
                 torch.int8: "i8",
