@@ -283,7 +283,7 @@ def _why_not(block: nn.Module) -> str:
     attention = getattr(block, "attn", None)
     for module in (block, attention):
         if getattr(module, "window_size", None):
-            return "attends within windows, whose tokens must stay on a grid"
+            return "has a window_size: its attention needs its tokens on a grid"
     reason = _unlike(block, _BLOCK, _BLOCK_ALSO, {"attn_mask", "is_causal"})
     if reason:
         return reason
