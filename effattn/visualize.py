@@ -87,7 +87,7 @@ def _pixels(image) -> Tensor:
     """(H, W, 3) float64 in 0..255."""
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"{_OP}: image must be a Tensor or a NumPy array, got {type(image).__name__}")
-    pixels = torch.as_tensor(image).detach().cpu()
+    pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
     if pixels.dim() != 3 or 3 not in (pixels.shape[0], pixels.shape[2]):
         raise ValueError(f"{_OP}: image must have shape (3, H, W) or (H, W, 3), got {tuple(pixels.shape)}")
     if pixels.shape[0] == 3:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops import centroid_probabilities, soft_merge
-
-_LEAST_NORM = 1e-12  # F.normalize's eps: a shorter feature counts as one of zeros
+from ..ops.information_bottleneck import direction, log_joint
 
 
 def _tokens(name: str, tokens, dim: int) -> None:
@@ -209,9 +208,8 @@ class LearnableTokenMerge(nn.Module):
     def _log_likelihood(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi (..., A), log Q (A, classes) and ell (..., classes)."""
         phi = centroid_probabilities(features, self.centroids.to(features.dtype))
-        log_joint = self.joint.to(features.dtype)
-        log_joint = log_joint.clamp(min=torch.finfo(log_joint.dtype).tiny).log()
-        return phi, log_joint, phi @ log_joint
+        logarithms = log_joint(self.joint.to(features.dtype))
+        return phi, logarithms, phi @ logarithms
 
     def bound(self, features: Tensor) -> Tensor:
         """L, the bound's second term under the module's own belief, summed over the features (..., C); float32 at least."""
@@ -223,16 +221,12 @@ class LearnableTokenMerge(nn.Module):
         """The gradient of :meth:`bound` in closed form: (..., C), 0 for a feature of zeros; float32 at least."""
         features, no_autocast = _in_float32(features)
         with no_autocast:
-            phi, log_joint, likelihood = self._log_likelihood(features)
-            expected = likelihood.softmax(-1) @ log_joint.mT
+            phi, logarithms, likelihood = self._log_likelihood(features)
+            expected = likelihood.softmax(-1) @ logarithms.mT
             grad_logits = phi * ((phi * expected).sum(-1, keepdim=True) - expected)
             grad_unit = 2 * grad_logits @ self.centroids.to(features.dtype)
-            # A feature of zeros must not give NaN in the derivative of this function either.
-            square = features.square().sum(-1, keepdim=True)
-            absent = square <= _LEAST_NORM**2
-            norm = square.masked_fill(absent, 1.0).sqrt()
-            unit = features / norm
-            grad = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / norm
+            unit, length, absent = direction(features)
+            grad = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
             return grad.masked_fill(absent, 0.0)
 
     @torch.no_grad()
@@ -274,7 +268,7 @@ class LearnableTokenMerge(nn.Module):
             target = target.repeat_interleave(features.shape[1])
         dtype = torch.promote_types(features.dtype, torch.float32)
         features, target = features.reshape(-1, self.dim).to(dtype), target.to(features.device)
-        unit = F.normalize(features, dim=1)
+        unit = direction(features)[0]
         for _ in range(centroid_steps):
             nearest = centroid_probabilities(features, self.centroids.to(dtype)).argmax(1)
             member = F.one_hot(nearest, len(self.centroids)).to(dtype)
