@@ -423,7 +423,7 @@ def test_dropout_and_drop_path_act_in_training(model, images):
     assert not torch.equal(model(images), model(images))
 
 
-def test_layer_scale_norms_and_gate_are_part_of_the_block(images):
+def test_layer_scale_and_norms_are_part_of_the_block(images):
     class Scale(nn.Module):
         def __init__(self):
             super().__init__()
@@ -441,6 +441,23 @@ def test_layer_scale_norms_and_gate_are_part_of_the_block(images):
     merge_tokens(model, 6)
     with torch.no_grad():
         close(model.forward_features(images), torch.stack([model.norm(x) for x, _, _ in expected]))
+
+
+class Gated(vit.Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.norm(out) * self.gate(x).sigmoid())
+
+
+@torch.no_grad()
+def test_a_gate_and_a_norm_of_the_attention_output_are_kept(model, images):
+    for block in model.blocks:
+        block.attn.gate, block.attn.norm = nn.Linear(24, 24), nn.LayerNorm(24)
+        block.attn.__class__ = Gated
+    expected = model(images)
+    merge_tokens(model, [0, 0, 9])  # the class token sees no merged one
+    close(model(images), expected)
 
 
 # ---- what is refused ----
