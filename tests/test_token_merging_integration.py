@@ -206,6 +206,15 @@ def test_each_image_has_its_own_number_of_merges(model):
     assert counts[0] < counts[1]
 
 
+@torch.no_grad()
+def test_padding_is_no_patch_of_a_mean(images):
+    model = make(class_token=False, global_pool="avg")
+    merge_tokens(model, 8)
+    expected = model(images)
+    merge_tokens(model, 8, threshold=-1.0)
+    close(model(images), expected)
+
+
 # ---- schedules ----
 
 

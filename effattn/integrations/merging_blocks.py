@@ -29,9 +29,7 @@ class TokenStream(NamedTuple):
 
     tokens: Tensor  # (B, T, C)
     sizes: Tensor | None  # (B, T, 1) float32, how many patches each token stands for; None before the first merge
-    source: (
-        Tensor | None
-    )  # (B, N) int64, the token of each patch; None unless it is asked for, and before the first merge
+    source: Tensor | None  # (B, N) int64, the token of each patch; None before the first merge, or if nobody wants it
 
 
 class Trace:
@@ -57,15 +55,15 @@ class Layer(NamedTuple):
 
 
 class _MergingAttention:
-    """Attention of timm's names that takes the sizes of its tokens, and returns the mean of its keys as well."""
+    """Attention of timm's names that takes the sizes of its tokens, and returns the mean of its keys if they are to merge."""
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        backend = getattr(self, LAYER).backend
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        layer = getattr(self, LAYER)
         gate = getattr(self, "gate", None)
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = _part(self, "q_norm", query), _part(self, "k_norm", key)
         dropout_p = self.attn_drop.p if self.training and hasattr(self, "attn_drop") else 0.0
-        options = {"scale": getattr(self, "scale", None), "dropout_p": dropout_p, "backend": backend}
+        options = {"scale": getattr(self, "scale", None), "dropout_p": dropout_p, "backend": layer.backend}
         if sizes is None:
             out = scaled_dot_product_attention(query, key, value, **options)
         else:
@@ -73,7 +71,7 @@ class _MergingAttention:
         out = _part(self, "norm", out.transpose(1, 2).flatten(2))
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return _part(self, "proj_drop", self.proj(out)), key.mean(1)
+        return _part(self, "proj_drop", self.proj(out)), key.mean(1) if layer.num_merged else None
 
 
 class _MergingBlock:
@@ -106,7 +104,8 @@ class _MergingBlock:
         if layer.trace is not None:
             layer.trace.source = source
         if layer.unmerge:
-            x = TokenMerge(*group(source, x.shape[1])).unmerge(x, backend=layer.backend)
+            plan = TokenMerge(*group(source, x.shape[1]), padded=layer.threshold is not None)
+            x = plan.unmerge(x, backend=layer.backend)
         return x
 
 
