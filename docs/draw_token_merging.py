@@ -1,7 +1,7 @@
 """Draws docs/images/token_merging.png: python docs/draw_token_merging.py
 
-Needs scikit-learn and pillow for the photograph. The ViT-S/16 has random weights, so its keys group patches by colour and
-texture, as the patch embedding lets them through, and not by what a trained model would see.
+Needs scikit-learn and pillow for the photograph. The ViT-S/16 has random weights, so its keys group patches by colour
+and texture, as the patch embedding lets them through, and not by what a trained model would see.
 """
 
 from pathlib import Path

@@ -29,9 +29,9 @@ def merged_tokens(
         image: (3, H, W) or (H, W, 3), a torch tensor or NumPy array, floating point in [0, 1] or uint8. One of
             (3, H, 3) counts as (3, H, W).
         plan: a TokenMerge, or a source map of it or of several layers: (N,) or (B, N) integers, the token that each
-            patch went to, as ``TokenMerge.source_map()`` and the ``TokenMerging.source_map()`` of a patched model give it.
+            patch went to, as ``TokenMerge.source_map()`` and the ``TokenMerging.source_map()`` of a patched model give.
         grid: (h, w), patches down and across, at most H and W.
-        num_prefix_tokens: tokens before the patches (class token), which are not painted; N = num_prefix_tokens + h * w.
+        num_prefix_tokens: tokens before the patches (class token), not painted: N = num_prefix_tokens + h * w.
         example: which example of the batch the image is.
         border: colour of the lines, 0 to 255 each; None draws none.
 
@@ -42,7 +42,7 @@ def merged_tokens(
         TypeError, ValueError: an argument is wrong; the message names it.
 
     Source:
-        The figures of Token Merging: Your ViT But Faster, arXiv 2210.09461, appendix.
+        After the figures of Token Merging: Your ViT But Faster, arXiv 2210.09461.
 
     Example:
         >>> import torch, effattn

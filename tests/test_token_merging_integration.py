@@ -1,6 +1,7 @@
 """Whole vision transformers that merge tokens, against ToMe's formulas written out, and back to what they were.
 
-The models are ``bench/vit.py``'s, small, with weights large enough for attention to matter, and timm's where it is installed.
+The models are ``bench/vit.py``'s, small, with weights large enough for attention to matter, and timm's where it is
+installed.
 """
 
 from __future__ import annotations

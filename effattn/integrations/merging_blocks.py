@@ -6,8 +6,8 @@ A patched block is
     x, sizes = merge(x + out)                        # the r pairs of the most similar mean keys
     x = x + mlp(norm2(x))
 
-Sizes and source map travel between the blocks beside the tokens, as one ``TokenStream``; nothing is kept on the side. So a
-block that is checkpointed computes from what it was given, whatever ran in between, and no call has to reset anything.
+Sizes and source map travel between the blocks beside the tokens, as one ``TokenStream``; nothing is kept on the side.
+So a block that is checkpointed computes from what it was given, whatever ran in between, and no call resets anything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYER = "_effattn_merging_layer"
 
 
 class TokenStream(NamedTuple):
-    """What a patched block hands to the next: a forward hook on a block sees it. The last block returns plain tokens."""
+    """What a patched block hands to the next, as a forward hook on it sees. The last block returns plain tokens."""
 
     tokens: Tensor  # (B, T, C)
     sizes: Tensor | None  # (B, T, 1) float32, how many patches each token stands for; None before the first merge
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
 
 
 class _MergingAttention:
-    """Attention of timm's names that takes the sizes of its tokens, and returns the mean of its keys if they are to merge."""
+    """Attention of timm's names that takes the sizes of its tokens, and returns their mean keys too if they merge."""
 
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         layer = getattr(self, LAYER)

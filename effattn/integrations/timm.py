@@ -97,17 +97,18 @@ def merge_tokens(
     patches a token stands for, and so is attention (:func:`effattn.size_weighted_attention`), which stays fused; until
     the first merge it is plain. Class, distillation and register tokens are never merged and stay in front.
 
-    It needs no training, and can be trained with. ``torch.compile(model, fullgraph=True)`` takes the patched model; patch first, compile then. Checkpointing
-    must be torch's non-reentrant one, timm's default. A model that merges already gets the new options.
+    It needs no training, and can be trained with. ``torch.compile(model, fullgraph=True)`` takes the patched model:
+    patch first, compile then. Checkpointing must be torch's non-reentrant one, timm's default. Hooks stay; on a block
+    they see a ``TokenStream``, on an attention its output and the keys. A merging model gets the new options.
 
     Args:
         model: a ViT or DeiT of timm or of its attribute names: ``blocks``, a sequence of blocks of ``norm1``, ``attn``
-            (``qkv``, ``proj``, ``num_heads``), ``norm2`` and ``mlp``, with their layer scales, drop paths, query and key
-            norms and gates. Each block is tried before anything is patched: it must compute what is expected of it.
+            (``qkv``, ``proj``, ``num_heads``), ``norm2`` and ``mlp``, with their layer scales, drop paths, query and
+            key norms and gates. Each block is tried before anything is patched: it must compute what is expected of it.
         r: pairs to merge: an int for every block, a list with one int per block, or (r, inflection) as published: r on
-            average, block i of L merging ``int(low + (high - low) * i / (L - 1))`` with ``low = int(r * (1 - inflection))``
-            and ``high = 2 * r - low``: inflection 0 is constant, -1 decreasing, 1 increasing. At most half of the
-            patches merge.
+            average, block i of L merging ``int(low + (high - low) * i / (L - 1))`` with
+            ``low = int(r * (1 - inflection))`` and ``high = 2 * r - low``: inflection 0 is constant, -1 decreasing, 1
+            increasing. At most half of the patches merge.
         threshold: in [-1, 1]: of the r pairs only those of at least this cosine similarity are merged. The number of
             tokens then stays the same, padding takes their place: this shows what merging costs and saves no time.
         trace_source: keep which token each patch went to: ``TokenMerging.source_map()``.
@@ -122,12 +123,12 @@ def merge_tokens(
         TokenMerging: which blocks merge how many pairs, the source map, and ``revert()``.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; or the model is not supported: the message names its layers and why.
+        TypeError, ValueError: an argument is wrong; or the model is not supported: the message names layers and why.
         NotImplementedError: in a call of the patched model with an ``attn_mask`` or ``is_causal``, or of
             ``forward_intermediates``, whose features are on the grid of patches.
 
     Source:
-        Token Merging: Your ViT But Faster (ToMe), arXiv 2210.09461; schedules: section 4.1.
+        Token Merging: Your ViT But Faster (ToMe), arXiv 2210.09461; schedules as in its published code.
 
     Example:
         >>> import torch

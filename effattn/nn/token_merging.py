@@ -1,4 +1,4 @@
-"""Modules that merge N tokens into P by learned weights: PatchMerger, and LTM's merge whose mask descends on a bound."""
+"""Modules that merge N tokens into P by learned weights: PatchMerger, and LTM, whose mask descends on a bound."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PatchMerger(nn.Module):
 
     .. math:: X = \mathrm{norm}(\text{tokens}), \qquad Y = \mathrm{softmax}_N(C^{-1/2} X Q^\top)^\top X
 
-    by :func:`effattn.soft_merge`. Parameters: ``norm.weight`` and ``norm.bias`` (C,), ``queries`` (P, C): a state dict of
-    vit-pytorch's ``PatchMerger`` loads as it is.
+    by :func:`effattn.soft_merge`. Parameters: ``norm.weight`` and ``norm.bias`` (C,), ``queries`` (P, C): a state dict
+    of vit-pytorch's ``PatchMerger`` loads as it is.
 
     Args:
         dim: C.
@@ -40,7 +40,8 @@ class PatchMerger(nn.Module):
         TypeError, ValueError: for an argument out of its range; in the call, for tokens of another shape.
 
     Source:
-        Learning to Merge Tokens in Vision Transformers, arXiv 2202.12015; initialisation as in vit-pytorch: queries ~ N(0, 1).
+        Learning to Merge Tokens in Vision Transformers, arXiv 2202.12015. Initialisation as in vit-pytorch:
+        queries ~ N(0, 1).
 
     Example:
         >>> import torch, effattn
@@ -83,8 +84,8 @@ class LearnableTokenMerge(nn.Module):
 
     With the tokens :math:`Z` (B, N, C) and a mask :math:`G` (B, N, P), of an earlier layer or the initial
     :math:`C^{-1/2}\, \mathrm{norm}(Z)\, \text{weight}^\top`, the merged tokens are :math:`F = W^\top Z`,
-    :math:`W = \mathrm{softmax}_N(G)`. Of :func:`effattn.information_bottleneck_bound` only the second term depends on F;
-    the class is not known in inference, so it is taken under the module's own belief:
+    :math:`W = \mathrm{softmax}_N(G)`. Of :func:`effattn.information_bottleneck_bound` only the second term depends on
+    F; the class is not known in inference, so it is taken under the module's own belief:
 
     .. math:: L = -\sum_p \log \sum_y e^{\ell_{py}}, \qquad \ell_{py} = \sum_a \phi(F_p, a) \log Q_{ay}, \qquad
               \phi(F, a) = \mathrm{softmax}_a(2\, u \cdot C_a - |C_a|^2), \qquad u = F / |F|
@@ -97,11 +98,11 @@ class LearnableTokenMerge(nn.Module):
               dF_p = \frac{du_p - (du_p \cdot u_p)\, u_p}{|F_p|}, \qquad
               dG_{np} = W_{np}\, (Z_n - F_p) \cdot dF_p
 
-    and the module returns :math:`\mathrm{softmax}_N(G')^\top Z` and :math:`G' = G - \text{step\_size} \cdot dG`. All of it
-    is differentiated by autograd as usual, so the step size, the centroids and the initial mask are learned.
+    and the module returns :math:`\mathrm{softmax}_N(G')^\top Z` and :math:`G' = G - \text{step\_size} \cdot dG`. All of
+    it is differentiated by autograd as usual, so the step size, the centroids and the initial mask are learned.
 
-    Parameters: ``weight`` (P, C), ``norm.weight``, ``norm.bias``, ``centroids`` (A, C), ``step_size`` (), and the buffer
-    ``joint`` Q (A, classes), which is uniform, so that the step is none, until :meth:`update_joint` estimates it.
+    Parameters: ``weight`` (P, C), ``norm.weight``, ``norm.bias``, ``centroids`` (A, C), ``step_size`` (), and the
+    buffer ``joint`` Q (A, classes), which is uniform, so that the step is none, until :meth:`update_joint` is called.
 
     Args:
         dim: C.
@@ -120,8 +121,8 @@ class LearnableTokenMerge(nn.Module):
         TypeError, ValueError: for an argument out of its range; in the call, for tokens or a mask of another shape.
 
     Source:
-        Efficient Visual Transformer by Learnable Token Merging, arXiv 2407.15219: the bound of theorem 3.1 and the figure.
-        Initialisation: weight ~ N(0, 1), centroids on the unit sphere, step size 1.
+        Efficient Visual Transformer by Learnable Token Merging, arXiv 2407.15219: the bound of theorem 3.1 and the
+        figure. Initialisation: weight ~ N(0, 1), centroids on the unit sphere, step size 1.
 
     Example:
         >>> import torch, effattn
@@ -212,7 +213,7 @@ class LearnableTokenMerge(nn.Module):
         return phi, logarithms, phi @ logarithms
 
     def bound(self, features: Tensor) -> Tensor:
-        """L, the bound's second term under the module's own belief, summed over the features (..., C); float32 at least."""
+        """L, the bound's second term under the module's own belief, summed over features (..., C); float32 at least."""
         features, no_autocast = _in_float32(features)
         with no_autocast:
             return -self._log_likelihood(features)[2].logsumexp(-1).sum()
