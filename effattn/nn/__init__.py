@@ -8,16 +8,19 @@ from .retention import MultiScaleRetention, VisionRetention
 from .shift_add import ShiftAddAttention
 from .shift_linear import FrozenShiftLinear, ShiftLinear
 from .toeplitz import KernelizedRPEAttention, URPEAttention
+from .token_merging import LearnableTokenMerge, PatchMerger
 
 __all__ = [
     "CrossShapedWindowAttention",
     "FrozenShiftLinear",
     "GaussianMixtureAttention",
     "KernelizedRPEAttention",
+    "LearnableTokenMerge",
     "ManhattanAttention",
     "MixtureOfPrimitives",
     "MultiScaleRetention",
     "OverlappingCrossAttention",
+    "PatchMerger",
     "ShiftAddAttention",
     "ShiftLinear",
     "URPEAttention",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
+
+LEAST_LENGTH = 1e-12  # a shorter feature has no direction
 
 
 def centroid_probabilities(features: Tensor, centroids: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def centroid_probabilities(features: Tensor, centroids: Tensor) -> Tensor:
 
     Args:
         features: F, (..., D), floating point; a feature of zeros stays zeros.
-        centroids: C, (A, D).
+        centroids: C, (A, D), features' dtype.
 
     Returns:
         Tensor: (..., A). Differentiable in both.
@@ -41,13 +42,31 @@ def centroid_probabilities(features: Tensor, centroids: Tensor) -> Tensor:
             f"{op}: centroids must have shape (A, D) with A at least 1 and features' D, got {tuple(centroids.shape)} "
             f"and features {tuple(features.shape)}"
         )
+    _same_dtype(op, "centroids", centroids, "features", features)
     return _log_probabilities(features, centroids).exp()
 
 
+def direction(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(F / |F|, |F|, whether F counts as zero); such a feature has direction 0, length 1 and no gradient."""
+    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    absent = length <= LEAST_LENGTH
+    length = length.masked_fill(absent, 1.0)
+    return (features / length).masked_fill(absent, 0.0), length, absent
+
+
 def _log_probabilities(features: Tensor, centroids: Tensor) -> Tensor:
-    unit = F.normalize(features, dim=-1)
     # |u - c|^2 without |u|^2, which is the same for every centroid
-    return (2 * unit @ centroids.mT - centroids.square().sum(-1)).log_softmax(-1)
+    return (2 * direction(features)[0] @ centroids.mT - centroids.square().sum(-1)).log_softmax(-1)
+
+
+def log_joint(joint: Tensor) -> Tensor:
+    """log Q; 0 counts as the smallest positive number."""
+    return joint.clamp(min=torch.finfo(joint.dtype).tiny).log()
+
+
+def _same_dtype(op: str, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {like}, {other.dtype}, got {tensor.dtype}")
 
 
 def information_bottleneck_bound(
@@ -70,17 +89,18 @@ def information_bottleneck_bound(
     Args:
         features_in: X, (n, D_in).
         features_out: F, (n, D_out), dtype and device of ``features_in``.
-        centroids_in: (B, D_in), centroids b of X.
-        centroids_out: (A, D_out), centroids a of F.
+        centroids_in: (B, D_in), centroids b of X, their dtype.
+        centroids_out: (A, D_out), centroids a of F, their dtype.
         joint: Q, (A, classes), :math:`Q_{ay} = \sum_i \phi(F_i, a)\, 1[y_i = y] / \#\{y_i = y\}`, in practice over the
             last epoch. An entry of 0 counts as the smallest positive number of its dtype.
         target: y, (n,) int64, classes.
 
     Returns:
-        Tensor: scalar. Differentiable in all floating arguments.
+        Tensor: scalar, 0 for an empty batch. Differentiable in all floating arguments.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
+        IndexError: on the CPU, if a target is no class.
 
     Source:
         Efficient Visual Transformer by Learnable Token Merging, arXiv 2407.15219, theorem 3.1.
@@ -105,6 +125,7 @@ def information_bottleneck_bound(
         if features.dim() != 2:
             raise ValueError(f"{op}: {name} must have shape (n, D), got {tuple(features.shape)}")
         _checks.parameter(op, like, centroids, features, name)
+        _same_dtype(op, like, centroids, name, features)
         if centroids.dim() != 2 or centroids.shape[1] != features.shape[1] or len(centroids) < 1:
             raise ValueError(f"{op}: {like} must have shape (A, {features.shape[1]}), got {tuple(centroids.shape)}")
     count = len(features_in)
@@ -113,7 +134,9 @@ def information_bottleneck_bound(
             f"{op}: features_out must have the {count} rows and the device of features_in, got "
             f"{tuple(features_out.shape)} on {features_out.device}"
         )
+    _same_dtype(op, "features_out", features_out, "features_in", features_in)
     _checks.parameter(op, "joint", joint, features_out, "features_out")
+    _same_dtype(op, "joint", joint, "features_in", features_in)
     if joint.dim() != 2 or len(joint) != len(centroids_out) or joint.shape[1] < 1:
         raise ValueError(f"{op}: joint must have shape ({len(centroids_out)}, classes), got {tuple(joint.shape)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
@@ -123,5 +146,5 @@ def information_bottleneck_bound(
     inside = _log_probabilities(features_in, centroids_in)
     outside = _log_probabilities(features_out, centroids_out).exp()
     first = outside.sum(-1) * (inside.exp() * inside).sum(-1)
-    likelihood = joint.clamp(min=torch.finfo(joint.dtype).tiny).log().mT[target]
-    return (first - (outside * likelihood).sum(-1)).mean()
+    likelihood = log_joint(joint).mT.index_select(0, target)  # refuses what indexing would count from the end
+    return (first - (outside * likelihood).sum(-1)).sum() / max(count, 1)
