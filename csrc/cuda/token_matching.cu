@@ -106,11 +106,12 @@ Scratch scratch_of(const Extent& e, uintptr_t& memory) {
 constexpr int kUnitWarps = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kUnitWarps* kWarp) unit_kernel(Planes<T> metric, Extent extent, Scratch scratch) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kUnitWarps + warp_index();
-  if (row >= extent.batch * extent.tokens) return;
-  const int64_t image = row / extent.tokens, token = row % extent.tokens;
-  const T* const from = metric.plane(image) + token * metric.row_stride;
+__global__ void __launch_bounds__(kUnitWarps* kWarp)
+    unit_kernel(Planes<T> metric, Extent extent, Scratch scratch, unsigned blocks_per_image) {
+  const int64_t image = blockIdx.x / blocks_per_image;
+  const int64_t token = static_cast<int64_t>(blockIdx.x % blocks_per_image) * kUnitWarps + warp_index();
+  if (token >= extent.tokens) return;
+  const T* const from = metric.data + image * metric.batch_stride + token * metric.row_stride;
   double squares = 0;
   for (int64_t k = lane_index(); k < extent.depth; k += kWarp) {
     const double element = to_float(from[k * metric.column_stride]);
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp) unit_kernel(Planes<T> metri
     unit[k] = static_cast<float>(element * inverse);
   }
   if (lane_index() != 0) return;
-  const bool present = extent.sizes == nullptr || extent.sizes[row] > 0;
+  const bool present = extent.sizes == nullptr || extent.sizes[image * extent.tokens + token] > 0;
   const int64_t protected_tokens = token % 2 == 0 ? extent.protected_firsts : extent.protected_seconds;
   scratch.inverse[place] = inverse;
   scratch.kinds[place] = token / 2 < protected_tokens ? kProtected : !present ? kAbsent : !finite ? kNotANumber : 0;
@@ -166,7 +167,7 @@ EFFATTN_DEVICE int column_of(int j) { return thread_index() % kLanes + j * kLane
 
 EFFATTN_DEVICE void multiply(
     float (&product)[kOwnRows][kOwnColumns], SharedArray<float> left, SharedArray<float> right) {
-#pragma unroll 2
+#pragma unroll 1
   for (int k = 0; k < kDepth; k += 4) {
     Vec<float, 4> a[kOwnRows], b[kOwnColumns];
 #pragma unroll
@@ -240,6 +241,7 @@ struct Search {
       double sum[kOwnRows] = {};
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i) column[i] = candidates[i] == 0 ? -1 : first_column + lowest_bit(candidates[i]);
+#pragma unroll 2
       for (int64_t k = thread_index() % kLanes; k < extent.depth; k += kLanes) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
@@ -266,16 +268,16 @@ struct Search {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    score_kernel(Planes<T> metric, Extent extent, Scratch scratch, int64_t row_tiles, float twice_error) {
+__global__ void __launch_bounds__(kThreads, 4)
+    score_kernel(Planes<T> metric, Extent extent, Scratch scratch, unsigned row_tiles, float twice_error) {
   SharedMemory shared;
   const auto left = shared.array<float>(2 * kRows * kPitch), right = shared.array<float>(2 * kColumns * kPitch);
-  const int64_t image = blockIdx.x / row_tiles, first = blockIdx.x % row_tiles * kRows;
+  const int64_t image = blockIdx.x / row_tiles, first = static_cast<int64_t>(blockIdx.x % row_tiles) * kRows;
   const float* const a = scratch.unit + image * extent.tokens * extent.pitch;
   const float* const b = a + extent.firsts * extent.pitch;
 
-  Search<T> search = {metric, extent, metric.plane(image), scratch.inverse + image * extent.tokens,
-      scratch.kinds + image * extent.tokens, first, twice_error, {}, {}, {}};
+  Search<T> search = {metric, extent, metric.data + image * metric.batch_stride,
+      scratch.inverse + image * extent.tokens, scratch.kinds + image * extent.tokens, first, twice_error, {}, {}, {}};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
     search.key[i] = INT64_MIN;
@@ -452,16 +454,16 @@ EFFATTN_DEVICE void place_rows(
   }
 }
 
-__global__ void __launch_bounds__(kPlanThreads) rank_kernel(Extent extent, Scratch scratch, int64_t tiles) {
+__global__ void __launch_bounds__(kPlanThreads) rank_kernel(Extent extent, Scratch scratch, unsigned tiles) {
   SharedMemory shared;
   rank_row(shared.array<int64_t>(kPlanThreads), extent, scratch, blockIdx.x / tiles,
-      blockIdx.x % tiles * kPlanThreads + thread_index());
+      static_cast<int64_t>(blockIdx.x % tiles) * kPlanThreads + thread_index());
 }
 
-__global__ void __launch_bounds__(kPlanThreads) group_kernel(Extent extent, Scratch scratch, int64_t tiles) {
+__global__ void __launch_bounds__(kPlanThreads) group_kernel(Extent extent, Scratch scratch, unsigned tiles) {
   SharedMemory shared;
   group_row(shared.array<int32_t>(kPlanThreads), extent, scratch, blockIdx.x / tiles,
-      blockIdx.x % tiles * kPlanThreads + thread_index());
+      static_cast<int64_t>(blockIdx.x % tiles) * kPlanThreads + thread_index());
 }
 
 // A block an image; `alone`: it ranks and groups too.
@@ -491,26 +493,26 @@ void bipartite_match(const TokenMatching& a, void* workspace, void* stream_point
   const Extent extent = extent_of(a);
   uintptr_t memory = reinterpret_cast<uintptr_t>(workspace);
   const Scratch scratch = scratch_of(extent, memory);
-  const int64_t row_tiles = ceil_div(extent.firsts, kRows), plan_tiles = ceil_div(extent.firsts, kPlanThreads);
-  const auto blocks = [](int64_t count) { return dim3(static_cast<unsigned>(count)); };
+  const auto blocks = [&](int64_t an_image) { return dim3(static_cast<unsigned>(extent.batch * an_image)); };
+  const unsigned unit_blocks = static_cast<unsigned>(ceil_div(extent.tokens, kUnitWarps));
+  const unsigned row_tiles = static_cast<unsigned>(ceil_div(extent.firsts, kRows));
+  const unsigned plan_tiles = static_cast<unsigned>(ceil_div(extent.firsts, kPlanThreads));
   with_element_type(a.metric.dtype, [&](auto element) {
     using T = decltype(element);
-    launch(unit_kernel<T>, blocks(ceil_div(extent.batch * extent.tokens, kUnitWarps)), dim3(kUnitWarps * kWarp), 0,
-        stream, planes_of<T>(a.metric), extent, scratch);
-    launch(score_kernel<T>, blocks(extent.batch * row_tiles), dim3(kThreads),
+    launch(unit_kernel<T>, blocks(unit_blocks), dim3(kUnitWarps * kWarp), 0, stream, planes_of<T>(a.metric), extent,
+        scratch, unit_blocks);
+    launch(score_kernel<T>, blocks(row_tiles), dim3(kThreads),
         shared_bytes<float>(2 * kRows * kPitch) + shared_bytes<float>(2 * kColumns * kPitch), stream,
         planes_of<T>(a.metric), extent, scratch, row_tiles, margin(extent.depth));
   });
   const size_t keys = shared_bytes<int64_t>(kPlanThreads), partners = shared_bytes<int32_t>(kPlanThreads);
   const bool alone = extent.firsts <= kAlone;
   if (!alone) {
-    const dim3 tiles = blocks(extent.batch * plan_tiles);
-    launch(rank_kernel, tiles, dim3(kPlanThreads), keys, stream, extent, scratch, plan_tiles);
-    launch(group_kernel, tiles, dim3(kPlanThreads), partners, stream, extent, scratch, plan_tiles);
+    launch(rank_kernel, blocks(plan_tiles), dim3(kPlanThreads), keys, stream, extent, scratch, plan_tiles);
+    launch(group_kernel, blocks(plan_tiles), dim3(kPlanThreads), partners, stream, extent, scratch, plan_tiles);
   }
-  launch(place_kernel, blocks(extent.batch), dim3(kPlanThreads),
-      keys + partners + shared_bytes<int64_t>(kPlanThreads / kWarp), stream, extent, scratch,
-      Plan{a.source, a.members, a.offsets}, alone);
+  launch(place_kernel, blocks(1), dim3(kPlanThreads), keys + partners + shared_bytes<int64_t>(kPlanThreads / kWarp),
+      stream, extent, scratch, Plan{a.source, a.members, a.offsets}, alone);
 }
 
 }  // namespace effattn::cuda

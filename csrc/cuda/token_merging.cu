@@ -8,8 +8,9 @@
 //
 // A warp owns a row of the result, and gathers: no atomics. Of y it owns row t and goes through its members, a run of
 // `members` that `offsets` bounds; of dx it owns row i and reads row source_i of dy. For the maximum's gradient it owns
-// t and writes the rows of all its members. A lane has 4 pieces of 16 bytes of a row in registers as floats (4 elements
-// where rows are not aligned): 1024 columns of bf16 at a time. Sums go through the members in order. No shared memory.
+// t and writes the rows of all its members. A lane has pieces of 16 bytes of a row in registers as floats, single
+// elements where rows are not aligned: a warp 512 columns of fp32 at a time, 768 of bf16 and fp16, 128 single ones.
+// Sums go through the members in order. No shared memory.
 //
 // Bytes: x once and y once; for dx dy once per member, from L2 but for the first, and dx once; ds reads x, r and y too,
 // the maximum's gradient x twice where an output has several members. 2 FLOPs an element.
@@ -18,7 +19,10 @@
 namespace effattn::cuda {
 namespace {
 
-constexpr int kWarps = 4, kPieces = 4;
+constexpr int kWarps = 4;
+
+template <int V>
+inline constexpr int kPieces = V == 8 ? 3 : 4;
 
 // A plan; its indices are cut to their ranges, since nobody can have checked them without waiting for the device.
 struct Groups {
@@ -60,19 +64,34 @@ template <class T>
 struct Row {
   const T* data;
   int64_t column_stride;
-  EFFATTN_DEVICE Row(const Planes<T>& from, int64_t image, int64_t row)
-      : data(from.plane(image) + row * from.row_stride), column_stride(from.column_stride) {}
+};
+
+// The rows of all images. Planes would divide by a number of heads that is always 1.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch_stride, row_stride, column_stride;
+
+  explicit Rows(const Tensor& tensor)
+      : data(static_cast<T*>(tensor.data)),
+        batch_stride(tensor.stride[0]),
+        row_stride(tensor.stride[2]),
+        column_stride(tensor.stride[3]) {}
+  EFFATTN_DEVICE T* at(int64_t image, int64_t row, int64_t column) const {
+    return data + image * batch_stride + row * row_stride + column * column_stride;
+  }
+  EFFATTN_DEVICE Row<T> row(int64_t image, int64_t row) const { return {at(image, row, 0), column_stride}; }
 };
 
 // What a lane has of a row: piece p begins at column first + p * kWarp * V, and is zeros behind the last column.
 template <int V>
 struct Pieces {
-  float value[kPieces][V];
+  float value[kPieces<V>][V];
 
   template <class T>
   EFFATTN_DEVICE Pieces(const Row<T>& row, int64_t first, int64_t columns) {
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
+    for (int p = 0; p < kPieces<V>; ++p) {
       const int64_t column = first + p * kWarp * V;
       Vec<T, V> vec = {};
       if (column < columns) {
@@ -87,7 +106,7 @@ struct Pieces {
   }
   EFFATTN_DEVICE Pieces() {
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p)
+    for (int p = 0; p < kPieces<V>; ++p)
 #pragma unroll
       for (int i = 0; i < V; ++i) value[p][i] = 0;
   }
@@ -96,16 +115,15 @@ struct Pieces {
   template <class Function, class... Others>
   EFFATTN_DEVICE void apply(Function function, const Others&... others) {
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p)
+    for (int p = 0; p < kPieces<V>; ++p)
 #pragma unroll
       for (int i = 0; i < V; ++i) value[p][i] = function(value[p][i], others.value[p][i]...);
   }
 
   template <class T>
-  EFFATTN_DEVICE void store(
-      const ResultPlanes<T>& to, int64_t image, int64_t row, int64_t first, int64_t columns) const {
+  EFFATTN_DEVICE void store(const Rows<T>& to, int64_t image, int64_t row, int64_t first, int64_t columns) const {
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
+    for (int p = 0; p < kPieces<V>; ++p) {
       const int64_t column = first + p * kWarp * V;
       if (column >= columns) continue;
       Vec<T, V> vec;
@@ -116,7 +134,13 @@ struct Pieces {
   }
 };
 
-EFFATTN_DEVICE int64_t owned_row() { return static_cast<int64_t>(blockIdx.x) * kWarps + warp_index(); }
+// Which row of which image a warp owns; the last blocks of an image may have warps without a row.
+struct Owned {
+  int64_t image, row;
+  EFFATTN_DEVICE explicit Owned(unsigned blocks_per_image)
+      : image(blockIdx.x / blocks_per_image),
+        row(static_cast<int64_t>(blockIdx.x % blocks_per_image) * kWarps + warp_index()) {}
+};
 
 template <int V>
 EFFATTN_DEVICE int64_t first_column() {
@@ -124,24 +148,23 @@ EFFATTN_DEVICE int64_t first_column() {
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kWarps* kWarp) sum_kernel(Planes<T> x, Planes<T> residual, const float* sizes,
-    Groups groups, int64_t rows, int64_t columns, bool is_mean, ResultPlanes<T> output, float* merged_sizes) {
-  const int64_t row = owned_row();
-  if (row >= rows) return;
-  const int64_t image = row / groups.outputs, t = row % groups.outputs;
+__global__ void __launch_bounds__(kWarps* kWarp) sum_kernel(unsigned blocks_per_image, Groups groups, int64_t columns,
+    bool is_mean, Rows<T> x, Rows<T> residual, const float* sizes, Rows<T> output, float* merged_sizes) {
+  const auto [image, t] = Owned(blocks_per_image);
+  if (t >= groups.outputs) return;
   Group group(groups, sizes, image, t);
-  if (merged_sizes != nullptr && lane_index() == 0) merged_sizes[row] = group.total;
+  if (merged_sizes != nullptr && lane_index() == 0) merged_sizes[image * groups.outputs + t] = group.total;
   if (is_mean && group.total == 0) group.end = group.begin;
   const float factor = is_mean && sizes == nullptr ? group.weight(1) : 1.0f;
-  for (int64_t first = first_column<V>(); first < columns; first += kPieces * kWarp * V) {
+  for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
     Pieces<V> sum;
 #pragma unroll 2
     for (int64_t place = group.begin; place < group.end; ++place) {
       const int64_t member = groups.member(image, place);
       const float weight = sizes == nullptr ? 1.0f : group.weight(sizes[image * groups.tokens + member]);
-      Pieces<V> piece(Row<T>(x, image, member), first, columns);
+      Pieces<V> piece(x.row(image, member), first, columns);
       if (residual.data != nullptr)
-        piece.apply([](float a, float b) { return a + b; }, Pieces<V>(Row<T>(residual, image, member), first, columns));
+        piece.apply([](float a, float b) { return a + b; }, Pieces<V>(residual.row(image, member), first, columns));
       sum.apply([&](float total, float element) { return fmaf(weight, element, total); }, piece);
     }
     sum.apply([&](float total) { return total * factor; });
@@ -151,15 +174,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) sum_kernel(Planes<T> x, Planes<
 
 template <class T, int V>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    max_kernel(Planes<T> x, Groups groups, int64_t rows, int64_t columns, ResultPlanes<T> output) {
-  const int64_t row = owned_row();
-  if (row >= rows) return;
-  const int64_t image = row / groups.outputs, t = row % groups.outputs;
+    max_kernel(unsigned blocks_per_image, Groups groups, int64_t columns, Rows<T> x, Rows<T> output) {
+  const auto [image, t] = Owned(blocks_per_image);
+  if (t >= groups.outputs) return;
   const Group group(groups, nullptr, image, t);
-  for (int64_t first = first_column<V>(); first < columns; first += kPieces * kWarp * V) {
+  for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
     Pieces<V> largest;
     for (int64_t place = group.begin; place < group.end; ++place) {
-      const Pieces<V> piece(Row<T>(x, image, groups.member(image, place)), first, columns);
+      const Pieces<V> piece(x.row(image, groups.member(image, place)), first, columns);
       const bool is_first = place == group.begin;
       largest.apply([&](float most, float a) { return is_first || a > most || a != a ? a : most; }, piece);
     }
@@ -169,28 +191,27 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // The gradient of sums and means: row i is row source_i of grad_output, times the weight of i.
 template <class T, int V>
-__global__ void __launch_bounds__(kWarps* kWarp) gather_kernel(Planes<T> grad_output, const float* grad_merged_sizes,
-    Planes<T> x, Planes<T> residual, Planes<T> output, const float* sizes, Groups groups, int64_t rows, int64_t columns,
-    bool is_mean, ResultPlanes<T> grad_x, float* grad_sizes) {
-  const int64_t row = owned_row();
-  if (row >= rows) return;
-  const int64_t image = row / groups.tokens, token = row % groups.tokens, t = groups.source_of(image, token);
+__global__ void __launch_bounds__(kWarps* kWarp) gather_kernel(unsigned blocks_per_image, Groups groups,
+    int64_t columns, bool is_mean, Rows<T> grad_output, const float* grad_merged_sizes, Rows<T> x, Rows<T> residual,
+    Rows<T> output, const float* sizes, Rows<T> grad_x, float* grad_sizes) {
+  const auto [image, token] = Owned(blocks_per_image);
+  if (token >= groups.tokens) return;
+  const int64_t t = groups.source_of(image, token), row = image * groups.tokens + token;
   float factor = 1, inverse_total = 0;
   if (is_mean) {
     const Group group(groups, sizes, image, t);
     factor = group.weight(sizes == nullptr ? 1.0f : sizes[row]);
     inverse_total = group.weight(1);
   }
-  const Row<T> gradient(grad_output, image, t);
+  const Row<T> gradient = grad_output.row(image, t);
   float product = 0;
-  for (int64_t first = first_column<V>(); first < columns; first += kPieces * kWarp * V) {
+  for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
     Pieces<V> piece(gradient, first, columns);
     if (grad_sizes != nullptr) {
-      Pieces<V> difference(Row<T>(x, image, token), first, columns);
+      Pieces<V> difference(x.row(image, token), first, columns);
       if (residual.data != nullptr)
-        difference.apply(
-            [](float a, float b) { return a + b; }, Pieces<V>(Row<T>(residual, image, token), first, columns));
-      difference.apply([](float a, float y) { return a - y; }, Pieces<V>(Row<T>(output, image, t), first, columns));
+        difference.apply([](float a, float b) { return a + b; }, Pieces<V>(residual.row(image, token), first, columns));
+      difference.apply([](float a, float y) { return a - y; }, Pieces<V>(output.row(image, t), first, columns));
       difference.apply(
           [&](float a, float g) {
             product = fmaf(a, g, product);
@@ -209,32 +230,33 @@ __global__ void __launch_bounds__(kWarps* kWarp) gather_kernel(Planes<T> grad_ou
 
 // Where the maximum is NaN nothing attains it, and its gradient is NaN.
 template <class T, int V>
-__global__ void __launch_bounds__(kWarps* kWarp) max_gradient_kernel(Planes<T> grad_output, Planes<T> x,
-    Planes<T> output, Groups groups, int64_t rows, int64_t columns, ResultPlanes<T> grad_x) {
-  const int64_t row = owned_row();
-  if (row >= rows) return;
-  const int64_t image = row / groups.outputs, t = row % groups.outputs;
+__global__ void __launch_bounds__(kWarps* kWarp) max_gradient_kernel(unsigned blocks_per_image, Groups groups,
+    int64_t columns, Rows<T> grad_output, Rows<T> x, Rows<T> output, Rows<T> grad_x) {
+  const auto [image, t] = Owned(blocks_per_image);
+  if (t >= groups.outputs) return;
   const Group group(groups, nullptr, image, t);
   if (group.end <= group.begin) return;
-  for (int64_t first = first_column<V>(); first < columns; first += kPieces * kWarp * V) {
-    Pieces<V> share(Row<T>(grad_output, image, t), first, columns);
+  for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
+    Pieces<V> share(grad_output.row(image, t), first, columns);
     if (group.end == group.begin + 1) {
       share.store(grad_x, image, groups.member(image, group.begin), first, columns);
       continue;
     }
-    const Pieces<V> largest(Row<T>(output, image, t), first, columns);
+    const Pieces<V> largest(output.row(image, t), first, columns);
     Pieces<V> attained;
     for (int64_t place = group.begin; place < group.end; ++place)
       attained.apply([](float count, float a, float most) { return a == most ? count + 1 : count; },
-          Pieces<V>(Row<T>(x, image, groups.member(image, place)), first, columns), largest);
+          Pieces<V>(x.row(image, groups.member(image, place)), first, columns), largest);
     share.apply([](float g, float count) { return g / count; }, attained);
     for (int64_t place = group.begin; place < group.end; ++place) {
       const int64_t member = groups.member(image, place);
-      Pieces<V> piece(Row<T>(x, image, member), first, columns);
+      Pieces<V> piece(x.row(image, member), first, columns);
       piece.apply(
-          [](float a, float most, float g) { return a == most      ? g
-                                                    : most == most ? 0.0f
-                                                                   : most; }, largest, share);
+          [](float a, float most, float g) {
+            if (a == most) return g;
+            return most == most ? 0.0f : most;
+          },
+          largest, share);
       piece.store(grad_x, image, member, first, columns);
     }
   }
@@ -244,38 +266,41 @@ Groups groups_of(const TokenGroups& groups) {
   return {groups.source, groups.members, groups.offsets, groups.tokens, groups.outputs};
 }
 
-dim3 blocks_for(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kWarps))); }
-
 // A tensor that is not read does not stand in the way of reading in pieces of 16 bytes.
 bool is_aligned(const Tensor& tensor) { return tensor.data == nullptr || rows_are_aligned(tensor); }
 
-template <class T, int V>
-void launch_merge(const TokenMerge& a, cudaStream_t stream) {
-  const int64_t rows = a.groups.batch * a.groups.outputs, columns = a.output.size[3];
-  const Groups groups = groups_of(a.groups);
-  if (a.mode == MergeMode::kMax)
-    launch(max_kernel<T, V>, blocks_for(rows), dim3(kWarps * kWarp), 0, stream, planes_of<T>(a.x), groups, rows,
-        columns, result_planes_of<T>(a.output));
-  else
-    launch(sum_kernel<T, V>, blocks_for(rows), dim3(kWarps * kWarp), 0, stream, planes_of<T>(a.x),
-        planes_of<T>(a.residual), a.sizes, groups, rows, columns, a.mode == MergeMode::kMean,
-        result_planes_of<T>(a.output), a.merged_sizes);
+// A warp for each of an image's `rows`.
+template <class... Parameters, class... Arguments>
+void launch_rows(void (*kernel)(unsigned, Parameters...), const TokenGroups& groups, int64_t rows, void* stream,
+    Arguments... arguments) {
+  const int64_t blocks = ceil_div(rows, kWarps);
+  launch(kernel, dim3(static_cast<unsigned>(groups.batch * blocks)), dim3(kWarps * kWarp), 0,
+      static_cast<cudaStream_t>(stream), static_cast<unsigned>(blocks), arguments...);
 }
 
 template <class T, int V>
-void launch_gradient(const TokenMergeGradient& a, cudaStream_t stream) {
+void launch_merge(const TokenMerge& a, void* stream) {
+  const Groups groups = groups_of(a.groups);
+  const int64_t columns = a.output.size[3];
+  const Rows<T> x(a.x), residual(a.residual), output(a.output);
+  if (a.mode == MergeMode::kMax)
+    launch_rows(max_kernel<T, V>, a.groups, a.groups.outputs, stream, groups, columns, x, output);
+  else
+    launch_rows(sum_kernel<T, V>, a.groups, a.groups.outputs, stream, groups, columns, a.mode == MergeMode::kMean, x,
+        residual, a.sizes, output, a.merged_sizes);
+}
+
+template <class T, int V>
+void launch_gradient(const TokenMergeGradient& a, void* stream) {
   const Groups groups = groups_of(a.groups);
   const int64_t columns = a.grad_x.size[3];
-  if (a.mode == MergeMode::kMax) {
-    const int64_t rows = a.groups.batch * a.groups.outputs;
-    launch(max_gradient_kernel<T, V>, blocks_for(rows), dim3(kWarps * kWarp), 0, stream, planes_of<T>(a.grad_output),
-        planes_of<T>(a.x), planes_of<T>(a.output), groups, rows, columns, result_planes_of<T>(a.grad_x));
-  } else {
-    const int64_t rows = a.groups.batch * a.groups.tokens;
-    launch(gather_kernel<T, V>, blocks_for(rows), dim3(kWarps * kWarp), 0, stream, planes_of<T>(a.grad_output),
-        a.grad_merged_sizes, planes_of<T>(a.x), planes_of<T>(a.residual), planes_of<T>(a.output), a.sizes, groups, rows,
-        columns, a.mode == MergeMode::kMean, result_planes_of<T>(a.grad_x), a.grad_sizes);
-  }
+  const Rows<T> grad_output(a.grad_output), x(a.x), residual(a.residual), output(a.output), grad_x(a.grad_x);
+  if (a.mode == MergeMode::kMax)
+    launch_rows(
+        max_gradient_kernel<T, V>, a.groups, a.groups.outputs, stream, groups, columns, grad_output, x, output, grad_x);
+  else
+    launch_rows(gather_kernel<T, V>, a.groups, a.groups.tokens, stream, groups, columns, a.mode == MergeMode::kMean,
+        grad_output, a.grad_merged_sizes, x, residual, output, a.sizes, grad_x, a.grad_sizes);
 }
 
 }  // namespace
@@ -285,9 +310,9 @@ void token_merge(const TokenMerge& a, void* stream) {
   with_element_type(a.output.dtype, [&](auto element) {
     using T = decltype(element);
     if (aligned)
-      launch_merge<T, 16 / sizeof(T)>(a, static_cast<cudaStream_t>(stream));
+      launch_merge<T, 16 / sizeof(T)>(a, stream);
     else
-      launch_merge<T, 1>(a, static_cast<cudaStream_t>(stream));
+      launch_merge<T, 1>(a, stream);
   });
 }
 
@@ -298,9 +323,9 @@ void token_merge_gradient(const TokenMergeGradient& a, void* stream) {
   with_element_type(a.grad_x.dtype, [&](auto element) {
     using T = decltype(element);
     if (aligned)
-      launch_gradient<T, 16 / sizeof(T)>(a, static_cast<cudaStream_t>(stream));
+      launch_gradient<T, 16 / sizeof(T)>(a, stream);
     else
-      launch_gradient<T, 1>(a, static_cast<cudaStream_t>(stream));
+      launch_gradient<T, 1>(a, stream);
   });
 }
 
