@@ -171,6 +171,10 @@ def plan_of(batch, tokens, outputs, seed=0):
     return [t.int().contiguous() for t in (source, members, offsets)]
 
 
+def indices(*rows):
+    return [torch.tensor([row], dtype=torch.int32, device=device_of("cuda")) for row in rows]
+
+
 MODES = ("mean", "sum", "max")
 METHODS = (*MODES, "weighted", "residual", "unweighted", "unmerge")
 
@@ -265,14 +269,33 @@ def test_layouts_of_the_tokens(backend, method, layout):
 
 
 @CUDA
+def test_gradients_are_permuted_as_x_is(backend):
+    device = device_of("cuda")
+    plan = [t.to(device) for t in plan_of(2, 9, 6)]
+    x, y = normal(2, 5, 9).to(device).mT, normal(2, 5, 6).to(device).mT
+    for mode in range(3):
+        output = merge_op("cuda", x, *plan, mode)
+        assert merge_op.backward("cuda", y, x, *plan, output, mode).stride() == x.stride()
+    assert unmerge_op.backward("cuda", x, y, *plan).stride() == y.stride()
+
+
+@CUDA
+def test_a_token_alone_is_copied_with_the_sign_of_its_zeros(backend):
+    plan = indices([1, 0, 1], [1, 0, 2], [0, 1, 3])
+    x = torch.full((1, 3, 2), -0.0, device=plan[0].device)
+    sizes = torch.full((1, 3), 3.0, device=x.device)
+    for output in (
+        *(merge_op("cuda", x, *plan, mode) for mode in range(3)),
+        weighted_op("cuda", x, *plan, None, sizes, True)[0],
+    ):
+        assert output[0, 0].signbit().all()
+
+
+@CUDA
 @pytest.mark.parametrize("method", ["mean", "max", "residual"])
 def test_rows_of_no_channels(backend, method):
     got = check_merging(method, (2, 9, 6, 0))
     assert got[0].shape == (2, 6, 0)
-
-
-def indices(*rows):
-    return [torch.tensor([row], dtype=torch.int32, device=device_of("cuda")) for row in rows]
 
 
 @CUDA

@@ -104,11 +104,11 @@ struct Pieces {
       for (int i = 0; i < V; ++i) value[p][i] = to_float(vec[i]);
     }
   }
-  EFFATTN_DEVICE Pieces() {
+  EFFATTN_DEVICE explicit Pieces(float all) {
 #pragma unroll
     for (int p = 0; p < kPieces<V>; ++p)
 #pragma unroll
-      for (int i = 0; i < V; ++i) value[p][i] = 0;
+      for (int i = 0; i < V; ++i) value[p][i] = all;
   }
 
   // value <- function(value, others' value...)
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) sum_kernel(unsigned blocks_per_
   if (is_mean && group.total == 0) group.end = group.begin;
   const float factor = is_mean && sizes == nullptr ? group.weight(1) : 1.0f;
   for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
-    Pieces<V> sum;
-#pragma unroll 2
+    Pieces<V> sum(group.begin < group.end ? -0.0f : 0.0f);  // -0 leaves a -0 that is added as it is
+#pragma unroll 1  // most outputs have one member: registers for more warps gain more
     for (int64_t place = group.begin; place < group.end; ++place) {
       const int64_t member = groups.member(image, place);
       const float weight = sizes == nullptr ? 1.0f : group.weight(sizes[image * groups.tokens + member]);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   if (t >= groups.outputs) return;
   const Group group(groups, nullptr, image, t);
   for (int64_t first = first_column<V>(); first < columns; first += kPieces<V> * kWarp * V) {
-    Pieces<V> largest;
+    Pieces<V> largest(0.0f);
     for (int64_t place = group.begin; place < group.end; ++place) {
       const Pieces<V> piece(x.row(image, groups.member(image, place)), first, columns);
       const bool is_first = place == group.begin;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) max_gradient_kernel(unsigned bl
       continue;
     }
     const Pieces<V> largest(output.row(image, t), first, columns);
-    Pieces<V> attained;
+    Pieces<V> attained(0.0f);
     for (int64_t place = group.begin; place < group.end; ++place)
       attained.apply([](float count, float a, float most) { return a == most ? count + 1 : count; },
           Pieces<V>(x.row(image, groups.member(image, place)), first, columns), largest);

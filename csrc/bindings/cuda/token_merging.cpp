@@ -76,20 +76,22 @@ MergeMode mode_of(int64_t mode) {
   return static_cast<MergeMode>(mode);
 }
 
-TorchTensor merge(const Device& device, const TorchTensor& x, const Plan& plan, MergeMode mode) {
+void merge(const Device& device, const TorchTensor& x, const Plan& plan, MergeMode mode, const TorchTensor& output) {
   const TokenGroups& groups = plan.groups;
-  const Tensor rows = rows_of(device, x, "x");
-  STD_TORCH_CHECK(rows.size[0] == groups.batch && rows.size[2] == groups.tokens, "x must be (", groups.batch, ", ",
-      groups.tokens, ", channels)");
-  TorchTensor output = device.empty({groups.batch, groups.outputs, rows.size[3]}, torch_dtype(rows.dtype));
-  effattn::cuda::token_merge(
-      {rows, {}, nullptr, groups, mode, view(device, output, "output"), nullptr}, device.stream());
-  return output;
+  const Tensor merged = rows_of(device, output, "output");
+  STD_TORCH_CHECK(merged.size[0] == groups.batch && merged.size[2] == groups.outputs, "a merged tensor must be (",
+      groups.batch, ", ", groups.outputs, ", channels)");
+  const Tensor rows = rows_of(device, x, {groups.batch, groups.tokens, merged.size[3]}, merged.dtype, "x");
+  effattn::cuda::token_merge({rows, {}, nullptr, groups, mode, merged, nullptr}, device.stream());
 }
 
 TorchTensor token_merge_fwd(TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets, int64_t mode) {
   const Device device(x);
-  return merge(device, x, {device, source, members, offsets}, mode_of(mode));
+  const Plan plan(device, source, members, offsets);
+  const int64_t channels = rows_of(device, x, "x").size[3];
+  TorchTensor output = device.empty({plan.groups.batch, plan.groups.outputs, channels}, torch_dtype(dtype_of(x, "x")));
+  merge(device, x, plan, mode_of(mode), output);
+  return output;
 }
 
 TorchTensor token_merge_bwd(TorchTensor grad_output, TorchTensor x, TorchTensor source, TorchTensor members,
@@ -99,7 +101,7 @@ TorchTensor token_merge_bwd(TorchTensor grad_output, TorchTensor x, TorchTensor 
   const TokenGroups& groups = plan.groups;
   const int64_t channels = rows_of(device, x, "x").size[3];
   const DType dtype = dtype_of(x, "x");
-  TorchTensor grad_x = device.empty({groups.batch, groups.tokens, channels}, torch_dtype(dtype));
+  TorchTensor grad_x = torch::stable::empty_like(x);  // permuted as x is
   effattn::cuda::TokenMergeGradient a = {};
   a.grad_output = rows_of(device, grad_output, {groups.batch, groups.outputs, channels}, dtype, "grad_output");
   a.x = rows_of(device, x, {groups.batch, groups.tokens, channels}, dtype, "x");
@@ -128,9 +130,11 @@ TorchTensor token_unmerge_fwd(TorchTensor x, TorchTensor source, TorchTensor mem
 }
 
 TorchTensor token_unmerge_bwd(
-    TorchTensor grad_output, TorchTensor, TorchTensor source, TorchTensor members, TorchTensor offsets) {
-  const Device device(grad_output);
-  return merge(device, grad_output, {device, source, members, offsets}, MergeMode::kSum);
+    TorchTensor grad_output, TorchTensor x, TorchTensor source, TorchTensor members, TorchTensor offsets) {
+  const Device device(x);
+  TorchTensor grad_x = torch::stable::empty_like(x);
+  merge(device, grad_output, {device, source, members, offsets}, MergeMode::kSum, grad_x);
+  return grad_x;
 }
 
 std::tuple<TorchTensor, TorchTensor> token_merge_weighted_fwd(TorchTensor x, TorchTensor source, TorchTensor members,
@@ -162,7 +166,7 @@ std::tuple<TorchTensor, TorchTensor> token_merge_weighted_bwd(TorchTensor grad_o
   const TokenGroups& groups = plan.groups;
   const int64_t channels = rows_of(device, x, "x").size[3];
   const DType dtype = dtype_of(x, "x");
-  TorchTensor grad_x = device.empty({groups.batch, groups.tokens, channels}, torch_dtype(dtype));
+  TorchTensor grad_x = torch::stable::empty_like(x);  // permuted as x is
   TorchTensor grad_sizes = sizes ? device.empty({groups.batch, groups.tokens}, aoti_torch_dtype_float32())
                                  : device.empty({0}, aoti_torch_dtype_float32());
   effattn::cuda::TokenMergeGradient a = {};
