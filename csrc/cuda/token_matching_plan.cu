@@ -1,8 +1,8 @@
 // The plan of bipartite matching, from the best b of every a (token_matching.cu), by counting: a row's rank is the
 // number of larger keys, its place within its output the number of earlier rows that merge into the same b.
 //
-//   rank_kernel    A thread has a row of a; a block of 512 stages the image's keys in shared memory, 512 at a time (4
-//   KB). group_kernel   The same with the partners of rows that merge; a thread has a row of a and one of b.
+//   rank_kernel    A thread has a row of a; a block of 512 stages the image's keys in shared memory, 512 at a time.
+//   group_kernel   The same with the partners of rows that merge; a thread has a row of a and one of b.
 //   place_kernel   A block an image: prefix sums of kept rows and of merged ones, 512 rows at a time, give the offsets.
 //
 // Up to 512 rows of a place_kernel does all three. |a|^2 comparisons of 64 bits, 3 |a|^2 of 32. Bytes: keys and
