@@ -83,6 +83,21 @@ def toeplitz(device: str) -> Iterator[Tensor]:
             yield effattn.toeplitz_linear_attention(*features, v, bias, is_causal=True, **where)
 
 
+def token_merging(device: str) -> Iterator[Tensor]:
+    for dtype in DTYPES:
+        for tokens, width, channels in ((77, 45, 88), (1031, 5, 33)):
+            metric = torch.randn(2, tokens, width, device=device).to(dtype)
+            x, residual = (torch.randn(2, tokens, channels, device=device).to(dtype).requires_grad_() for _ in range(2))
+            sizes = torch.rand(2, tokens, device=device, requires_grad=True)
+            for options in ({"num_protected": 1}, {"threshold": 0.1, "sizes": sizes}, {"distill_token": True}):
+                plan = effattn.bipartite_soft_matching(metric, tokens // 3, backend="cuda", **options)
+                merged, totals = plan.merge_weighted(x, sizes, residual=residual, backend="cuda")
+                yield torch.cat([merged.flatten(), totals.flatten().to(dtype)])
+                for mode in ("mean", "sum", "max"):
+                    yield plan.merge(x, mode, backend="cuda")
+                yield plan.unmerge(merged.detach().requires_grad_(), backend="cuda")
+
+
 def main() -> int:
     if not _native.cuda_loaded:
         print(f"no CUDA kernels: {_native.cuda_problem}")
@@ -95,6 +110,7 @@ def main() -> int:
         shift_add_attention(device),
         retention(device),
         toeplitz(device),
+        token_merging(device),
     ):
         for result in results:
             if result.requires_grad:

@@ -218,4 +218,55 @@ struct FeatureMapGradient {
 int64_t feature_map_gradient_workspace(const FeatureMapGradient& arguments);
 void feature_map_gradient(const FeatureMapGradient& arguments, void* workspace, void* stream);
 
+// ---- Merging tokens -------------------------------------------------------------------------------------------------
+
+// Bipartite soft matching (reference/token_merging.py). Tokens 0, 2, 4.. are a, the others b.
+struct TokenMatching {
+  Tensor metric;       // (B, 1, N, d), any strides, N <= 2^21
+  const float* sizes;  // (B, N) contiguous, or null
+  int64_t num_merged;  // 1 to the number of unprotected pairs
+  int64_t num_protected;
+  bool distill_token;
+  double threshold;                     // below -1: none
+  int64_t outputs;                      // N - num_merged; N with a threshold
+  int32_t *source, *members, *offsets;  // (B, N), (B, N), (B, outputs + 1) contiguous
+};
+int64_t bipartite_match_workspace(const TokenMatching& arguments);
+void bipartite_match(const TokenMatching& arguments, void* workspace, void* stream);
+
+// A plan: the output of every token, and the tokens of every output, ascending. An index out of range is a wrong
+// result, but never an access out of bounds.
+struct TokenGroups {
+  const int32_t *source, *members, *offsets;  // as above
+  int64_t batch, tokens, outputs;             // outputs >= 1, unless there are no tokens
+};
+
+enum class MergeMode : int32_t { kMean, kSum, kMax };
+
+// kMean: output_t = sum s_i (x_i + residual_i) / S_t, S_t = sum s_i; 0 where S_t = 0.
+struct TokenMerge {
+  Tensor x;            // (B, 1, N, C), any strides
+  Tensor residual;     // as x; kMean only, data is null without one
+  const float* sizes;  // (B, N) contiguous; kMean only, null: ones
+  TokenGroups groups;
+  MergeMode mode;
+  Tensor output;        // (B, 1, outputs, C)
+  float* merged_sizes;  // S, (B, outputs) contiguous, or null
+};
+void token_merge(const TokenMerge& arguments, void* stream);
+
+// x and output are read for kMax and for grad_sizes only, residual for grad_sizes only. Unmerging is the gradient of
+// kSum. A maximum's gradient is shared evenly by the members that attain it.
+struct TokenMergeGradient {
+  Tensor grad_output;              // (B, 1, outputs, C), any strides
+  const float* grad_merged_sizes;  // (B, outputs) contiguous, or null
+  Tensor x, residual, output;
+  const float* sizes;
+  TokenGroups groups;
+  MergeMode mode;
+  Tensor grad_x;      // as x
+  float* grad_sizes;  // (B, N) contiguous; kMean only, or null
+};
+void token_merge_gradient(const TokenMergeGradient& arguments, void* stream);
+
 }  // namespace effattn::cuda

@@ -176,6 +176,12 @@ EFFATTN_DEVICE bool warp_all(bool predicate) { return __all_sync(kAllLanes, pred
 
 EFFATTN_DEVICE int popcount(uint32_t word) { return __popc(word); }
 
+// The place of the lowest bit of a word that is not 0.
+EFFATTN_DEVICE int lowest_bit(uint64_t word) { return __ffsll(static_cast<long long>(word)) - 1; }
+
+// The nearest integer, of two the even one.
+EFFATTN_DEVICE int64_t round_to_integer(double value) { return __double2ll_rn(value); }
+
 // a / b rounded to nearest, whatever the compiler was told about division.
 EFFATTN_DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 

@@ -127,6 +127,8 @@ inline bool warp_any(bool predicate, Where where = Where::current()) { return wa
 inline bool warp_all(bool predicate, Where where = Where::current()) { return warp_ballot(predicate, where) == ~0u; }
 
 inline int popcount(uint32_t word) { return std::popcount(word); }
+inline int lowest_bit(uint64_t word) { return std::countr_zero(word); }
+inline int64_t round_to_integer(double value) { return std::llrint(value); }
 inline float divide_rn(float a, float b) { return a / b; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
