@@ -20,8 +20,8 @@
 // underflows them.
 //
 // An exact evaluation is d products of floats, exact in double, summed in the same order for every pair: tokens of
-// equal elements tie. Each sum takes at most d / 8 + 8 roundings, so up to d = 2^13 no similarity exceeds 1 by 2^-41: none
-// is rounded to more than 1, and a row stops at its first 1.
+// equal elements tie. Each sum takes at most d / 8 + 8 roundings, so up to d = 2^13 no similarity exceeds 1 by 2^-41:
+// none is rounded to more than 1, and a row stops at its first 1.
 #pragma once
 
 #include <float.h>
