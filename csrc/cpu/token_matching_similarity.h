@@ -20,7 +20,8 @@
 // underflows them.
 //
 // An exact evaluation is d products of floats, exact in double, summed in the same order for every pair: tokens of
-// equal elements tie. No similarity is rounded to more than 1 if d <= 2^11, so there a row stops at its first 1.
+// equal elements tie. Each sum takes at most d / 8 + 8 roundings, so up to d = 2^13 no similarity exceeds 1 by 2^-41:
+// none is rounded to more than 1, and a row stops at its first 1.
 #pragma once
 
 #include <float.h>
@@ -41,7 +42,7 @@ using Word = Filter::Word;
 inline constexpr int64_t kSteps = int64_t{1} << 40;    // similarities are multiples of 1 / kSteps
 inline constexpr int64_t kIndices = int64_t{1} << 20;  // a key is level * kIndices + (kIndices - 1 - index)
 inline constexpr int64_t kLongestFiltered = int64_t{1} << 16;
-inline constexpr int64_t kLongestBounded = int64_t{1} << 11;
+inline constexpr int64_t kLongestBounded = int64_t{1} << 13;
 
 // Ordered like (level, descending index).
 EFFATTN_INLINE constexpr int64_t key_of(int64_t level, int64_t index) {
