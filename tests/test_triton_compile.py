@@ -112,6 +112,8 @@ def cases():
                 for family in configurations.FAMILIES
                 for dtype in ("bfloat16", "float32")
                 for channels in (64, 100, 768)
+            ]
+            + [
                 (operation, family, dtype, size, None)
                 for operation in triton_compiler.MATCHINGS
                 for family in configurations.FAMILIES

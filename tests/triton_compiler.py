@@ -2,8 +2,7 @@
 
     python triton_compiler.py CASES.json RESULTS.json
 
-A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of soft_merge: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
-A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of token matching and merging: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
+A case names an operation, an architecture, a dtype and a head_dim (of shift_linear: the rows; of token merging: the channels). The launcher runs on meta tensors with `launch` replaced by a recorder; each
 recorded launch is specialised as Triton's own launcher would do it and compiled for the case's target.
 """
 
@@ -243,6 +242,8 @@ def _run_soft_merge(operation, dtype, channels):
         logits = make(8, outputs, 197, dtype=dtype).mT
     saved = soft_merge.soft_merge_fwd(tokens, logits)
     soft_merge.soft_merge_bwd(torch.empty_like(saved[0]), tokens, logits, *saved)
+
+
 def _run_matching(operation, dtype, dims):
     """The launcher of bipartite_match at ViT-S: 197 tokens, of which 16 pairs are merged."""
     has_sizes, num_protected, distill_token, padded = MATCHINGS[operation]
