@@ -155,31 +155,43 @@ class SoftMergeGradient {
   }
 
   void tile(int64_t first, int64_t rows) {
-    pack_rows<Arithmetic>(tokens_, token_pitch_, block_at(arguments_.tokens, batch_, first, 0), rows, rows, channels_);
-    if (outputs_ == 0) memset(grad_tokens_, 0, rows * pitch_ * sizeof(float));
+    const Matrix tokens = block_at(arguments_.tokens, batch_, first, 0);
+    const Matrix gradient = block_at(arguments_.grad_tokens, batch_, first, 0);
+    // Products store whole vectors.
+    const bool in_place = FloatRows::in_place(gradient) && channels_ == pitch_;
+    float* to = in_place ? static_cast<float*>(const_cast<void*>(gradient.data)) + gradient.offset(0) : grad_tokens_;
+    const int64_t to_pitch = in_place ? gradient.row_stride : pitch_;
+    pack_rows<Arithmetic>(tokens_, token_pitch_, tokens, rows, rows, channels_);
+    if (outputs_ == 0)
+      for (int64_t r = 0; r < rows; ++r) memset(to + r * to_pitch, 0, pitch_ * sizeof(float));
+    const int64_t groups = (rows + kTileRows - 1) / kTileRows;
     for (int64_t p = 0; p < outputs_; p += kColumns) {
       const int64_t count = smaller(kColumns, outputs_ - p);
+      ahead_.plan(gradient, p == 0 ? rows : 0, channels_, groups * ((count + kTileColumns - 1) / kTileColumns));
       score(first, rows, p, count);
+      const int64_t next = first + rows, left = smaller(items_.rows, items_.tokens - next);
+      ahead_.plan(block_at(arguments_.tokens, batch_, left > 0 ? next : first, 0), p == 0 ? larger(left, 0) : 0,
+          channels_, groups * ((channels_ + kTileColumns - 1) / kTileColumns));
       for (int64_t c = 0; c < channels_; c += kTileColumns) {
         const int64_t width = round_up(smaller(kTileColumns, channels_ - c), kLanes);
-        const Word* gradient = rows_ + c * words<Arithmetic>(outputs_) + p / Arithmetic::kPerWord * width;
+        const Word* rows_of_g = rows_ + c * words<Arithmetic>(outputs_) + p / Arithmetic::kPerWord * width;
         for_each_column_tile(width / kLanes, [&](auto vectors, int64_t) __attribute__((always_inline)) {
           if (p == 0)
-            add_tokens<vectors.value, false>(rows, words<Arithmetic>(count), gradient, c);
+            add_tokens<vectors.value, false>(rows, words<Arithmetic>(count), rows_of_g, to + c, to_pitch);
           else
-            add_tokens<vectors.value, true>(rows, words<Arithmetic>(count), gradient, c);
+            add_tokens<vectors.value, true>(rows, words<Arithmetic>(count), rows_of_g, to + c, to_pitch);
         });
       }
     }
-    store_rows(
-        block_at(arguments_.grad_tokens, batch_, first, 0), rows, grad_tokens_, pitch_, broadcast(1.f), channels_);
+    if (!in_place) store_rows(gradient, rows, grad_tokens_, pitch_, broadcast(1.f), channels_);
   }
 
   template <int kVectors, bool kAdd>
-  EFFATTN_INLINE void add_tokens(int64_t rows, int64_t steps, const Word* gradient, int64_t c) {
+  EFFATTN_INLINE void add_tokens(int64_t rows, int64_t steps, const Word* gradient, float* to, int64_t pitch) {
     for_each_row_group(rows, [&](auto group, int64_t r) __attribute__((always_inline)) {
-      product_tile<Arithmetic, group.value, kVectors, kAdd>(weights_ + r * kWeightPitch, kWeightPitch, 1, gradient,
-          kVectors * kLanes, steps, grad_tokens_ + r * pitch_ + c, pitch_);
+      ahead_.step();
+      product_tile<Arithmetic, group.value, kVectors, kAdd>(
+          weights_ + r * kWeightPitch, kWeightPitch, 1, gradient, kVectors * kLanes, steps, to + r * pitch, pitch);
     });
   }
 
@@ -218,6 +230,7 @@ class SoftMergeGradient {
       int64_t vectors, const Block& block, int64_t rows, const Word* panel, int64_t width, int64_t column) {
     if (vectors == kVectors)
       for_each_row_group(rows, [&](auto group, int64_t r) __attribute__((always_inline)) {
+        ahead_.step();
         score_tile<group.value, kVectors>(block, r, panel, width, column);
       });
     else if constexpr (kVectors > 1)
@@ -234,6 +247,10 @@ class SoftMergeGradient {
     const float* correction = correction_ + block.first + column;
     const float* delta = delta_ + block.first + column;
     const int64_t left = block.count - column;
+    EFFATTN_UNROLL for (int i = 0; i < kGroup; ++i) for (int c = 0; c < kVectors * kLanes; c += 16) {
+      __builtin_prefetch(logits + i * block.logit_pitch + c);
+      __builtin_prefetch(gradient + i * block.gradient_pitch + c, 1);
+    }
     multiply_tile<Arithmetic, kVectors, kSums, kGroup>(tokens_ + r * token_pitch_, token_pitch_, 1, panel, width,
         depth_, [&](Vec(&score)[kGroup][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kGroup; ++i) {
@@ -261,6 +278,7 @@ class SoftMergeGradient {
   const SoftMergeGradientItems& items_;
   const int64_t outputs_, channels_, depth_, token_pitch_, pitch_;
   int64_t batch_ = 0;
+  TileAhead ahead_;
   Word* columns_;  // g as the operand of S
   Word* rows_;     // g as the operand of dX
   Word* merged_;   // a panel of Y
