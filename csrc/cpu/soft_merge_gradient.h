@@ -3,18 +3,20 @@
 //   W_np = exp(G_np - logsumexp_p),  S = X g^T,  delta_p = Y_p . g_p
 //   dG = W * (S - delta),  dX = W g
 //
-// A work item is a tile of at most 48 tokens of one example; a thread walks a contiguous range of them and packs g, as
-// the operand of either product, whenever it meets another example. Per tile, 256 merged tokens at a time:
-//   S         48 x 256         micro-tiles of 6 x 64 (AVX-512) over the channels; W and dG are made of their
+// A work item is a tile of at most 96 tokens of one example (48 where there are few); a thread walks a contiguous range
+// of them and packs g, as the operand of either product, whenever it meets another example. Per tile, 256 merged tokens
+// at a time:
+//   S         96 x 256         micro-tiles of 6 x 64 (AVX-512) over the channels; W and dG are made of their
 //                              accumulators, G is read and dG written there and then
 //
-//   W         48 x 256         stays in L1 / L2
+//   W         96 x 256         stays in L2
 //
-//   dX        48 x C           += W g in micro-tiles of 6 x 64 over the 256
+//   dX        96 x C           += W g in micro-tiles of 6 x 64 over the 256
 //
-// In L2: the tokens (144 KB at C = 768), a panel of 64 rows of g (192 KB), W (51 KB), dX (144 KB). g is read from
-// further away, 1 byte per multiply-add of a register.
-// FLOPs 4 N P C and one exp2 per weight per example; bytes (2 N C + 2 N P) elements and both packed copies of g.
+// In L2: the tokens (288 KB at C = 768), a panel of 64 rows of g (192 KB), W (102 KB), dX (288 KB). g comes from
+// further away, 64 bytes for every 16 multiply-adds of a register. What the next step reads or writes is fetched
+// meanwhile. FLOPs 4 N P C and one exp2 per weight per example; bytes (2 N C + 2 N P) elements and both packed copies
+// of g.
 #pragma once
 
 #include "soft_merge_tiles.h"
@@ -22,12 +24,14 @@
 namespace effattn::EFFATTN_ISA {
 
 struct SoftMergeGradientItems {
-  static constexpr int64_t kMostRows = 48;
+  static constexpr int64_t kMostRows = 96;
   int64_t tokens, tiles, rows, count;  // rows of every tile but the last
   double flops;
 
   explicit SoftMergeGradientItems(const SoftMergeBackward& arguments) : tokens(arguments.tokens.size[2]) {
-    tiles = (tokens + kMostRows - 1) / kMostRows;
+    const int64_t large = (tokens + kMostRows - 1) / kMostRows;
+    const int64_t most = arguments.tokens.size[1] * large < kFewestTasks ? kMostRows / 2 : kMostRows;
+    tiles = (tokens + most - 1) / most;
     rows = tiles == 0 ? 0 : round_up((tokens + tiles - 1) / tiles, kTileRows);
     tiles = tiles == 0 ? 0 : (tokens + rows - 1) / rows;
     count = arguments.tokens.size[1] * tiles;
