@@ -15,6 +15,7 @@
 // FLOPs 2 N P C and one exp2 per weight per example; bytes (2 N P + ceil(P / 288) N C + P C) elements.
 #include "api.h"
 #include "soft_merge_gradient.h"
+#include "soft_merge_residual.h"
 #include "soft_merge_tiles.h"
 
 namespace effattn::EFFATTN_ISA {
@@ -256,6 +257,9 @@ void soft_merge_backward(const SoftMergeBackward& arguments, const Runtime& runt
   const SoftMergeGradientItems items(arguments);
   for_items(runtime, items.count, items.flops,
       [&](int64_t begin, int64_t end) { SoftMergeGradient<Products>(arguments, items).run(begin, end); });
+  const int64_t blocks = items.count == 0 ? 0 : arguments.logits.size[1] * SoftMergeResidual::blocks(arguments);
+  for_items(
+      runtime, blocks, items.flops, [&](int64_t begin, int64_t end) { SoftMergeResidual(arguments).run(begin, end); });
 }
 
 }  // namespace effattn::EFFATTN_ISA
