@@ -415,6 +415,7 @@ void everything(DType dtype) {
 
 #include "packed_kernels.h"
 #include "retention_kernels.h"
+#include "soft_merge_kernels.h"
 #include "toeplitz_kernels.h"
 #include "toeplitz_structured_kernels.h"
 #include "urpe_kernels.h"
@@ -435,6 +436,8 @@ int main() {
   toeplitz_structured_kernels(DType::kBFloat16);
   if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) urpe_kernels(DType::kFloat32);
   urpe_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) soft_merge_kernels(DType::kFloat32);
+  soft_merge_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
