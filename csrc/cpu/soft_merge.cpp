@@ -2,20 +2,20 @@
 //
 //   W_np = exp(G_np - logsumexp_p),  Y = W^T X,  logsumexp_p = ln sum_n exp(G_np)
 //
-// A work item is a block of at most kMostPanels * 48 = 144 merged tokens and of channels (all of them where the batch
-// alone keeps the threads busy). Its logits are read twice: once for the largest of each column, then, 256 tokens at a
-// time,
-//   weights   256 x 144        exp2((G - largest) log2 e), each once, and column sums; laid out [48 merged][token][48]
+// A work item is a block of at most 288 merged tokens and of channels (all of them where the batch alone keeps the
+// threads busy). Its logits are read twice: once for the largest of each column, then, 256 tokens at a time,
+//   weights   256 x 288        exp2((G - largest) log2 e), each once, and column sums; laid out [48 merged][token][48]
 //
 //   tokens    256 x 64         one panel of channels, packed; the next is fetched meanwhile
 //
-//   output    144 x channels   += weights^T tokens in micro-tiles of 6 x 64 (AVX-512) over the 256 tokens
+//   output    288 x channels   += weights^T tokens in micro-tiles of 6 x 64 (AVX-512) over 256 tokens, 128 at a time
 //
-// and the output is divided by the sums when it is stored. In L1: 6 columns of weights; in L2: weights (144 KB), panel
-// (64 KB), output (432 KB at C = 768). With bf16 products a word is two tokens of a column.
-// FLOPs 2 N P C and one exp2 per weight per example; bytes (2 N P + ceil(P / 144) N C + P C) elements.
+// and the output is divided by the sums when it is stored. In L1: 6 columns of weights; in L2: weights (288 KB) and
+// panel (64 KB); the output passes through. With bf16 products a word is two tokens of a column.
+// FLOPs 2 N P C and one exp2 per weight per example; bytes (2 N P + ceil(P / 288) N C + P C) elements.
 #include "api.h"
 #include "soft_merge_gradient.h"
+#include "soft_merge_residual.h"
 #include "soft_merge_tiles.h"
 
 namespace effattn::EFFATTN_ISA {
@@ -257,6 +257,9 @@ void soft_merge_backward(const SoftMergeBackward& arguments, const Runtime& runt
   const SoftMergeGradientItems items(arguments);
   for_items(runtime, items.count, items.flops,
       [&](int64_t begin, int64_t end) { SoftMergeGradient<Products>(arguments, items).run(begin, end); });
+  const int64_t blocks = items.count == 0 ? 0 : arguments.logits.size[1] * SoftMergeResidual::blocks(arguments);
+  for_items(
+      runtime, blocks, items.flops, [&](int64_t begin, int64_t end) { SoftMergeResidual(arguments).run(begin, end); });
 }
 
 }  // namespace effattn::EFFATTN_ISA

@@ -3,18 +3,20 @@
 //   W_np = exp(G_np - logsumexp_p),  S = X g^T,  delta_p = Y_p . g_p
 //   dG = W * (S - delta),  dX = W g
 //
-// A work item is a tile of at most 48 tokens of one example; a thread walks a contiguous range of them and packs g, as
-// the operand of either product, whenever it meets another example. Per tile, 256 merged tokens at a time:
-//   S         48 x 256         micro-tiles of 6 x 64 (AVX-512) over the channels; W and dG are made of their
+// A work item is a tile of at most 96 tokens of one example (48 where there are few); a thread walks a contiguous range
+// of them and packs g, as the operand of either product, whenever it meets another example. Per tile, 256 merged tokens
+// at a time:
+//   S         96 x 256         micro-tiles of 6 x 64 (AVX-512) over the channels; W and dG are made of their
 //                              accumulators, G is read and dG written there and then
 //
-//   W         48 x 256         stays in L1 / L2
+//   W         96 x 256         stays in L2
 //
-//   dX        48 x C           += W g in micro-tiles of 6 x 64 over the 256
+//   dX        96 x C           += W g in micro-tiles of 6 x 64 over the 256
 //
-// In L2: the tokens (144 KB at C = 768), a panel of 64 rows of g (192 KB), W (51 KB), dX (144 KB). g is read from
-// further away, 1 byte per multiply-add of a register.
-// FLOPs 4 N P C and one exp2 per weight per example; bytes (2 N C + 2 N P) elements and both packed copies of g.
+// In L2: the tokens (288 KB at C = 768), a panel of 64 rows of g (192 KB), W (102 KB), dX (288 KB). g comes from
+// further away, 64 bytes for every 16 multiply-adds of a register. What the next step reads or writes is fetched
+// meanwhile. FLOPs 4 N P C and one exp2 per weight per example; bytes (2 N C + 2 N P) elements and both packed copies
+// of g.
 #pragma once
 
 #include "soft_merge_tiles.h"
@@ -22,12 +24,14 @@
 namespace effattn::EFFATTN_ISA {
 
 struct SoftMergeGradientItems {
-  static constexpr int64_t kMostRows = 48;
+  static constexpr int64_t kMostRows = 96;
   int64_t tokens, tiles, rows, count;  // rows of every tile but the last
   double flops;
 
   explicit SoftMergeGradientItems(const SoftMergeBackward& arguments) : tokens(arguments.tokens.size[2]) {
-    tiles = (tokens + kMostRows - 1) / kMostRows;
+    const int64_t large = (tokens + kMostRows - 1) / kMostRows;
+    const int64_t most = arguments.tokens.size[1] * large < kFewestTasks ? kMostRows / 2 : kMostRows;
+    tiles = (tokens + most - 1) / most;
     rows = tiles == 0 ? 0 : round_up((tokens + tiles - 1) / tiles, kTileRows);
     tiles = tiles == 0 ? 0 : (tokens + rows - 1) / rows;
     count = arguments.tokens.size[1] * tiles;
@@ -155,31 +159,43 @@ class SoftMergeGradient {
   }
 
   void tile(int64_t first, int64_t rows) {
-    pack_rows<Arithmetic>(tokens_, token_pitch_, block_at(arguments_.tokens, batch_, first, 0), rows, rows, channels_);
-    if (outputs_ == 0) memset(grad_tokens_, 0, rows * pitch_ * sizeof(float));
+    const Matrix tokens = block_at(arguments_.tokens, batch_, first, 0);
+    const Matrix gradient = block_at(arguments_.grad_tokens, batch_, first, 0);
+    // Products store whole vectors.
+    const bool in_place = FloatRows::in_place(gradient) && channels_ == pitch_;
+    float* to = in_place ? static_cast<float*>(const_cast<void*>(gradient.data)) + gradient.offset(0) : grad_tokens_;
+    const int64_t to_pitch = in_place ? gradient.row_stride : pitch_;
+    pack_rows<Arithmetic>(tokens_, token_pitch_, tokens, rows, rows, channels_);
+    if (outputs_ == 0)
+      for (int64_t r = 0; r < rows; ++r) memset(to + r * to_pitch, 0, pitch_ * sizeof(float));
+    const int64_t groups = (rows + kTileRows - 1) / kTileRows;
     for (int64_t p = 0; p < outputs_; p += kColumns) {
       const int64_t count = smaller(kColumns, outputs_ - p);
+      ahead_.plan(gradient, p == 0 ? rows : 0, channels_, groups * ((count + kTileColumns - 1) / kTileColumns));
       score(first, rows, p, count);
+      const int64_t next = first + rows, left = smaller(items_.rows, items_.tokens - next);
+      ahead_.plan(block_at(arguments_.tokens, batch_, left > 0 ? next : first, 0), p == 0 ? larger(left, 0) : 0,
+          channels_, groups * ((channels_ + kTileColumns - 1) / kTileColumns));
       for (int64_t c = 0; c < channels_; c += kTileColumns) {
         const int64_t width = round_up(smaller(kTileColumns, channels_ - c), kLanes);
-        const Word* gradient = rows_ + c * words<Arithmetic>(outputs_) + p / Arithmetic::kPerWord * width;
+        const Word* rows_of_g = rows_ + c * words<Arithmetic>(outputs_) + p / Arithmetic::kPerWord * width;
         for_each_column_tile(width / kLanes, [&](auto vectors, int64_t) __attribute__((always_inline)) {
           if (p == 0)
-            add_tokens<vectors.value, false>(rows, words<Arithmetic>(count), gradient, c);
+            add_tokens<vectors.value, false>(rows, words<Arithmetic>(count), rows_of_g, to + c, to_pitch);
           else
-            add_tokens<vectors.value, true>(rows, words<Arithmetic>(count), gradient, c);
+            add_tokens<vectors.value, true>(rows, words<Arithmetic>(count), rows_of_g, to + c, to_pitch);
         });
       }
     }
-    store_rows(
-        block_at(arguments_.grad_tokens, batch_, first, 0), rows, grad_tokens_, pitch_, broadcast(1.f), channels_);
+    if (!in_place) store_rows(gradient, rows, grad_tokens_, pitch_, broadcast(1.f), channels_);
   }
 
   template <int kVectors, bool kAdd>
-  EFFATTN_INLINE void add_tokens(int64_t rows, int64_t steps, const Word* gradient, int64_t c) {
+  EFFATTN_INLINE void add_tokens(int64_t rows, int64_t steps, const Word* gradient, float* to, int64_t pitch) {
     for_each_row_group(rows, [&](auto group, int64_t r) __attribute__((always_inline)) {
-      product_tile<Arithmetic, group.value, kVectors, kAdd>(weights_ + r * kWeightPitch, kWeightPitch, 1, gradient,
-          kVectors * kLanes, steps, grad_tokens_ + r * pitch_ + c, pitch_);
+      ahead_.step();
+      product_tile<Arithmetic, group.value, kVectors, kAdd>(
+          weights_ + r * kWeightPitch, kWeightPitch, 1, gradient, kVectors * kLanes, steps, to + r * pitch, pitch);
     });
   }
 
@@ -218,6 +234,7 @@ class SoftMergeGradient {
       int64_t vectors, const Block& block, int64_t rows, const Word* panel, int64_t width, int64_t column) {
     if (vectors == kVectors)
       for_each_row_group(rows, [&](auto group, int64_t r) __attribute__((always_inline)) {
+        ahead_.step();
         score_tile<group.value, kVectors>(block, r, panel, width, column);
       });
     else if constexpr (kVectors > 1)
@@ -234,6 +251,10 @@ class SoftMergeGradient {
     const float* correction = correction_ + block.first + column;
     const float* delta = delta_ + block.first + column;
     const int64_t left = block.count - column;
+    EFFATTN_UNROLL for (int i = 0; i < kGroup; ++i) for (int c = 0; c < kVectors * kLanes; c += 16) {
+      __builtin_prefetch(logits + i * block.logit_pitch + c);
+      __builtin_prefetch(gradient + i * block.gradient_pitch + c, 1);
+    }
     multiply_tile<Arithmetic, kVectors, kSums, kGroup>(tokens_ + r * token_pitch_, token_pitch_, 1, panel, width,
         depth_, [&](Vec(&score)[kGroup][kVectors]) __attribute__((always_inline)) {
           EFFATTN_UNROLL for (int i = 0; i < kGroup; ++i) {
@@ -261,6 +282,7 @@ class SoftMergeGradient {
   const SoftMergeGradientItems& items_;
   const int64_t outputs_, channels_, depth_, token_pitch_, pitch_;
   int64_t batch_ = 0;
+  TileAhead ahead_;
   Word* columns_;  // g as the operand of S
   Word* rows_;     // g as the operand of dX
   Word* merged_;   // a panel of Y

@@ -415,6 +415,7 @@ void everything(DType dtype) {
 
 #include "packed_kernels.h"
 #include "retention_kernels.h"
+#include "soft_merge_kernels.h"
 #include "toeplitz_kernels.h"
 #include "toeplitz_structured_kernels.h"
 #include "token_merging_kernels.h"
@@ -441,6 +442,8 @@ int main() {
   size_weighted_kernels(DType::kBFloat16);
   token_merging_kernels(DType::kFloat32);
   token_merging_kernels(DType::kBFloat16);
+  if (strcmp(kernels_under_test.isa, "avx512_bf16") != 0) soft_merge_kernels(DType::kFloat32);
+  soft_merge_kernels(DType::kBFloat16);
   printf("%s: %d failures\n", kernels_under_test.isa, failures);
   return failures != 0;
 }
