@@ -85,7 +85,7 @@ def in_numpy(x, logits, grad):
 
 
 def assert_accurate(backend, dtype=torch.float32, draws=None, **sizes):
-    """The accuracy rule. A small call that misses it is pooled with seven more, for eager's error is then an accident."""
+    """The accuracy rule. A call that misses it is pooled with seven more: eager is then right by accident."""
     draws = draws or (lambda seed: draw(seed, dtype=dtype, **sizes))
     errors, low_errors, largest = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     factors = torch.tensor([FORWARD_FACTOR, GRADIENT_FACTOR, GRADIENT_FACTOR])
