@@ -35,6 +35,7 @@ from effattn import reference, soft_merge
 KERNELS = pytest.mark.parametrize("backend", [b for b in backends_of("soft_merge") if b != "reference"])
 EVERYWHERE = pytest.mark.parametrize("backend", backends_of("soft_merge"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+ROUNDING = {"cpu": 0.0, "triton": 1e-5}  # of a gradient of logits that is 0: whether x_n g and y g are the same sum
 NAMES = ("output", "gradient of tokens", "gradient of logits")
 FITTING = tuple(name for name in LAYOUTS if name not in ("token_major", "packed"))
 SIZES = (
@@ -101,6 +102,8 @@ def assert_accurate(backend, dtype=torch.float32, draws=None, **sizes):
             low_errors[i] = max(low_errors[i], (low.double() - wanted).abs().max())
             largest[i] = max(largest[i], wanted.abs().max())
         budgets = factors * low_errors + torch.finfo(dtype).eps * largest
+        if budgets[2] == 0:  # of one token, whose weight is 1
+            budgets[2] = ROUNDING.get(backend, 0.0)
         if (errors <= budgets).all():
             return
     pytest.fail(f"errors {errors.tolist()}, budgets {budgets.tolist()}")
@@ -201,7 +204,7 @@ def test_one_hot_logits_gather(backend, dtype, low):
     index = chosen[..., None].expand(-1, -1, 20)
     assert torch.equal(output, x.gather(1, index))
     torch.testing.assert_close(grad_x, torch.zeros_like(x).scatter_add(1, index, grad), rtol=1e-2, atol=1e-2)
-    assert (grad_logits == 0).all()
+    assert (grad_logits.abs() <= ROUNDING[backend]).all()
 
 
 @KERNELS

@@ -291,9 +291,12 @@ def test_any_magnitude(backend, dtype):
     require(OP, backend)
     tokens = 14 if is_slow(backend) else 85
     limits = torch.finfo(dtype)
-    for scale in (limits.max / 6, limits.tiny, limits.smallest_normal * limits.eps * 3):
+    scales, lowest = (limits.max / 6, limits.tiny, limits.smallest_normal * limits.eps * 3), -1
+    if backend == "triton" and is_slow(backend) and dtype == torch.bfloat16:
+        scales, lowest = scales[:1], -0.5  # Triton's interpreter converts denormal numbers of bfloat16 wrongly
+    for scale in scales:
         assert_as_specified(backend, (draw(2, tokens, 40).double() * scale).to(dtype), tokens // 3)
-    exponents = torch.linspace(-1, 1, tokens)[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))]
+    exponents = torch.linspace(lowest, 1, tokens)[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))]
     reach = torch.finfo(dtype).max ** exponents.double() / 6
     assert_as_specified(backend, (draw(2, tokens, 40).double() * reach[:, None]).to(dtype), tokens // 3)
 

@@ -66,7 +66,8 @@ def bipartite_soft_matching(
             float16 or float64 (float64: reference only), any strides, N up to 2^21.
         num_merged: r, pairs to merge; min(r, (N - protected) // 2) are. 0 or less: the identity plan.
         num_protected: leading tokens that are never merged (class token). If there are any, the tokens of a that are kept
-            stay in their order; else the most similar comes first, as published.
+            stay in their order; else the most similar comes first, as published. Token 0 stays output 0; further
+            protected tokens are divided between a and b as all others are.
         distill_token: token 1 is a distillation token: protected too, and output 1.
         sizes: (B, N) or (B, N, 1), any real dtype, how many patches each token stands for. The default of
             ``merge_weighted``; a token of size 0, such as the padding of an earlier plan, is merged last.

@@ -94,6 +94,9 @@ class TokenMerge:
         sizes: (B, N) or (B, N, 1), how many patches each input stands for, or None: the default of ``merge_weighted``.
         padded: whether outputs may be padding.
 
+    Raises:
+        TypeError, ValueError: the methods, of a wrong argument; the message names it.
+
     Source:
         Token Merging: Your ViT But Faster (ToMe), arXiv 2210.09461.
 
@@ -138,7 +141,10 @@ class TokenMerge:
         return self.source.long()
 
     def merge(self, x: Tensor, mode: str = "mean", *, backend: str = "auto") -> Tensor:
-        """Mean, sum or maximum of the tokens that go to each output.
+        r"""Mean, sum or maximum of the tokens that go to each output.
+
+        .. math:: y_t = \frac{1}{n_t} \sum_{i \to t} x_i \quad\text{or}\quad \sum_{i \to t} x_i
+                  \quad\text{or}\quad \max_{i \to t} x_i
 
         Args:
             x: (B, N, C), float32, bfloat16, float16 or float64 (float64: reference only), any strides.
@@ -152,6 +158,9 @@ class TokenMerge:
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
             NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+
+        Source:
+            arXiv 2210.09461, appendix D.
         """
         op = "TokenMerge.merge"
         self._check(op, "x", x, self.source.shape[1])
@@ -183,6 +192,9 @@ class TokenMerge:
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
             NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+
+        Source:
+            arXiv 2210.09461, section 3.
         """
         op = "TokenMerge.merge_weighted"
         tokens = self.source.shape[1]
@@ -214,7 +226,9 @@ class TokenMerge:
         return merged, totals.to(sizes.dtype).reshape(*totals.shape, *sizes.shape[2:])
 
     def unmerge(self, x: Tensor, *, backend: str = "auto") -> Tensor:
-        """Give every input token the row of the output that it went to.
+        r"""Give every input token the row of the output that it went to.
+
+        .. math:: x_i = y_{t(i)}
 
         Args:
             x: (B, T, C), float32, bfloat16, float16 or float64 (float64: reference only), any strides.
@@ -226,6 +240,9 @@ class TokenMerge:
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
             NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
+
+        Source:
+            arXiv 2210.09461, appendix D.
         """
         op = "TokenMerge.unmerge"
         self._check(op, "x", x, self.num_tokens)
