@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-
 from effattn.bench import photographs, vit
+
 from effattn.integrations.timm import merge_tokens
 from effattn.visualize import merged_tokens
 
