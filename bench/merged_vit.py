@@ -62,8 +62,8 @@ class PublishedBlocks(nn.Module):
         return x
 
 
-def models(size: str, num_merged: int) -> dict[str, nn.Module]:
-    whole = vit.VisionTransformer(SIZES[size]).eval()
+def models(architecture: vit.Architecture, num_merged: int) -> dict[str, nn.Module]:
+    whole = vit.VisionTransformer(architecture).eval()
     ours, published = copy.deepcopy(whole), copy.deepcopy(whole)
     timm.merge_tokens(ours, num_merged)
     published.blocks = PublishedBlocks(published.blocks, num_merged)
@@ -86,7 +86,7 @@ class Comparison(NamedTuple):
 
 
 def compare(size: str, batch: int = 8, num_merged: int = 16, effort: Effort = EFFORT) -> Comparison:
-    images, contenders = photographs.images(batch, (224, 224)), models(size, num_merged)
+    images, contenders = photographs.images(batch, (224, 224)), models(SIZES[size], num_merged)
     with torch.no_grad():
         outputs = {name: model(images) for name, model in contenders.items()}
         difference = (outputs[OURS] - outputs[PUBLISHED]).abs().max() / outputs[PUBLISHED].abs().max()

@@ -7,7 +7,20 @@ import time
 
 import pytest
 import torch
-from effattn.bench import accuracy, asked, ceilings, cli, cswin, memory, photographs, report, runner, toeplitz_peers
+from effattn.bench import (
+    accuracy,
+    asked,
+    ceilings,
+    cli,
+    cswin,
+    memory,
+    merged_vit,
+    photographs,
+    report,
+    runner,
+    toeplitz_peers,
+    vit,
+)
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
 
 from effattn import reference
@@ -267,3 +280,12 @@ def test_the_two_backbones_of_cswin_share_weights_and_agree():
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(models[OURS](images), models["eager"](images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_merged_vit_computes_what_the_published_algorithm_does():
+    models = merged_vit.models(vit.TINY, num_merged=5)
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = {name: model(images) for name, model in models.items()}
+    torch.testing.assert_close(outputs[OURS], outputs[merged_vit.PUBLISHED], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[OURS], outputs[merged_vit.WHOLE], rtol=1e-3)
