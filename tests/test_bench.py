@@ -39,10 +39,11 @@ def small(case):
         return dataclasses.replace(case, batch=2, heads=4, head_dim=8, grid=(side, side), tokens=side**2, window=4)
     grid = (3, 4) if case.grid else ()
     tokens = 1 if case.operator == "retention_step" else case.num_prefix_tokens + 12
-    one_layer = case.operator == "linear"
+    one_layer = case.operator == "linear" or case.output_tokens > 0
     outputs = 0 if not case.outputs else 10 if one_layer or tokens == 1 else tokens
     batch, heads = (1, 1) if one_layer else (2, 3)
-    return dataclasses.replace(case, batch=batch, heads=heads, head_dim=8, grid=grid, tokens=tokens, outputs=outputs)
+    sizes = {"head_dim": 8, "tokens": tokens, "outputs": outputs, "output_tokens": 9 if case.output_tokens else 0}
+    return dataclasses.replace(case, batch=batch, heads=heads, grid=grid, **sizes)
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)
