@@ -145,6 +145,8 @@ def test_unmerge_keeps_the_accuracy_rule(backend, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layout_changes_no_bit_and_inputs_are_not_written(backend, dtype, layout):
     require("TokenMerge.merge", backend)
+    if is_slow(backend) and dtype != torch.float32:
+        pytest.skip("strides are elements: the same for every dtype")
     device = device_of(backend)
     plan = random_plan(21, 10, device=device)
     values = draw(4, 2, 21, 37, dtype=dtype, device=device)
