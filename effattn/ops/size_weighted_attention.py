@@ -79,13 +79,14 @@ def size_weighted_attention(
         return reference.size_weighted_attention(query, key, value, flat, scale, dropout_p)
     wanted = torch.is_grad_enabled() and flat.requires_grad
     flat = flat.float()
-    logarithms = log_sizes(flat) if wanted else flat.clamp(min=0.0).log()  # which has no gradient at 0
-    return weighted_attention(backend, query, key, value, logarithms.contiguous(), scale, wanted)
+    logarithms = (log_sizes(flat) if wanted else flat.clamp(min=0.0).log()).contiguous()  # clamp has no gradient at 0
+    return weighted_attention(backend, query, key, value, logarithms, scale, wanted)
 
 
 def _check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """As ``_checks.attention_inputs``, but keys may be another number of tokens."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not tensors or query.shape == key.shape == value.shape or not query.dim() == key.dim() == 4:
         return _checks.attention_inputs(op, query, key, value)
     _checks.floating(op, "query", query)
     like = query if key.shape[2] == query.shape[2] else key
