@@ -16,7 +16,7 @@ class RecordedCalls(TorchDispatchMode):
         self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("effattn") and not func._opname.endswith("_plan"):
+        if func.namespace.startswith("effattn") and not func._opname.endswith(("_plan", "_isa")):
             detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             self.calls.append((func, detached))
         return func(*args, **(kwargs or {}))
