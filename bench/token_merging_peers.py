@@ -78,7 +78,7 @@ def product_alone(case: Case, inputs: Inputs, training: bool) -> Call:
 
 def published_attention(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> Tensor:
     """As ToMe's patched timm attention."""
-    logits = query.shape[-1] ** -0.5 * scores(query, key) + sizes.log()[:, None, None]
+    logits = query.shape[-1] ** -0.5 * scores(query, key) + sizes.log()[:, None, None].to(query.dtype)
     return logits.softmax(-1) @ value
 
 
