@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     if options.json:
-        report.write_json(found, options.json)
+        report.write_json(report.as_json(found), options.json)
     if options.plot:
         from . import plot
 

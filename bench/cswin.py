@@ -8,7 +8,6 @@ second. Everything outside the attention (projections, MLPs, norms, convolutions
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import effattn
 from . import photographs, report
 from .cases import OURS
 from .load import ForeignLoad
-from .runner import Effort, Result, _interleave, _quantile, warm_up
+from .runner import Effort, Result, _quantile, take_turns, warm_up
 from .window_peers import published_stripes
 
 EAGER = "eager"
@@ -147,10 +146,7 @@ def compare(batch: int = 8, pixels: int = 224, effort: Effort = EFFORT) -> Compa
         if not difference <= TOLERANCE:
             raise AssertionError(f"the two backbones differ by {difference:.1e} of their largest output")
         calls = {name: ((lambda model=model: model(images)), 1.0) for name, model in contenders.items()}
-        results = {}
-        for name, samples in _interleave(calls, effort, "cpu", lambda step: None).items():
-            median, low, high = (1e3 * _quantile(samples, share) for share in (0.5, 0.25, 0.75))
-            results[name] = Result(ms=median, quartiles=(low, high), samples=len(samples))
+        results = take_turns(calls, effort)
         attention = {name: _attention_ms(model, images) for name, model in contenders.items()}
     return Comparison(batch, pixels, results, attention, difference)
 
@@ -232,12 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             ],
         }
 
-        def write(name: str) -> None:
-            with open(name, "w") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-
-        report.write_atomically(options.json, write)
+        report.write_json(content, options.json)
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from effattn.integrations import timm
 from . import photographs, report, vit
 from .cases import OURS
 from .load import ForeignLoad
-from .runner import Effort, Result, _interleave, _quantile, warm_up
+from .runner import Effort, Result, take_turns, warm_up
 from .token_merging_peers import published_attention, published_merge
 
 WHOLE, PUBLISHED = "not merged", "published"
@@ -34,7 +33,7 @@ class PublishedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, num_merged: int):
         super().__init__()
-        self.block, self.num_merged, self.sizes = block, num_merged, None
+        self.block, self.num_merged = block, num_merged
 
     def forward(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         block, attention = self.block, self.block.attn
@@ -91,10 +90,7 @@ def compare(size: str, batch: int = 8, num_merged: int = 16, effort: Effort = EF
         outputs = {name: model(images) for name, model in contenders.items()}
         difference = (outputs[OURS] - outputs[PUBLISHED]).abs().max() / outputs[PUBLISHED].abs().max()
         calls = {name: ((lambda model=model: model(images)), 1.0) for name, model in contenders.items()}
-        results = {}
-        for name, samples in _interleave(calls, effort, "cpu", lambda step: None).items():
-            median, low, high = (1e3 * _quantile(samples, share) for share in (0.5, 0.25, 0.75))
-            results[name] = Result(ms=median, quartiles=(low, high), samples=len(samples))
+        results = take_turns(calls, effort)
     return Comparison(size, batch, num_merged, results, difference.item())
 
 
@@ -146,12 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             for one in found
         ]
 
-        def write(name: str) -> None:
-            with open(name, "w") as file:
-                json.dump({"about": about, "foreign_cores": foreign, "comparisons": comparisons}, file, indent=1)
-                file.write("\n")
-
-        report.write_atomically(options.json, write)
+        report.write_json({"about": about, "foreign_cores": foreign, "comparisons": comparisons}, options.json)
     return 0
 
 

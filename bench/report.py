@@ -117,8 +117,8 @@ def _row_as_json(row: Row, ceilings: Ceilings) -> dict:
     }
 
 
-def write_json(report: Report, path: str) -> None:
-    write_atomically(path, lambda name: Path(name).write_text(json.dumps(as_json(report), indent=1) + "\n"))
+def write_json(content: dict, path: str) -> None:
+    write_atomically(path, lambda name: Path(name).write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def write_atomically(path: str, write) -> None:

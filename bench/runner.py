@@ -155,9 +155,8 @@ def run_row(
         else:
             results[contender.name], *calls[contender.name] = outcome
     del expected
-    for name, samples in _interleave(calls, effort, device, progress).items():
-        median, low, high = (_quantile(samples, p) * 1e3 for p in (0.5, 0.25, 0.75))
-        results[name] = results[name]._replace(ms=median, quartiles=(low, high), samples=len(samples))
+    for name, timed in take_turns(calls, effort, device, progress).items():
+        results[name] = results[name]._replace(ms=timed.ms, quartiles=timed.quartiles, samples=timed.samples)
     work = flops(family, case, direction), bytes_moved(family, case, inputs, direction)
     return Row(family.name, case, dtype, direction, *work, results)
 
@@ -192,6 +191,20 @@ def _admit(contender, case, inputs, direction, dtype, expected, device):
     if contender.exact and not error <= limit:
         return f"wrong: error {error:.1e}, allowed {limit:.1e}"
     return Result(memory=peak, error=error if contender.exact else None), call, seconds
+
+
+def take_turns(
+    calls: dict[str, tuple[Callable[[], object], float]],
+    effort: Effort,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, Result]:
+    """Time calls, each given with about the seconds that it takes, in turns."""
+    results = {}
+    for name, samples in _interleave(calls, effort, device, progress).items():
+        median, low, high = (1e3 * _quantile(samples, share) for share in (0.5, 0.25, 0.75))
+        results[name] = Result(ms=median, quartiles=(low, high), samples=len(samples))
+    return results
 
 
 def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str, list[float]]:
@@ -239,4 +252,16 @@ def _available_memory() -> float:
         return math.inf
 
 
-__all__ = ["BACKWARD", "FORWARD", "FULL", "QUICK", "Effort", "Result", "Row", "prepare", "run_row", "warm_up"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "FULL",
+    "QUICK",
+    "Effort",
+    "Result",
+    "Row",
+    "prepare",
+    "run_row",
+    "take_turns",
+    "warm_up",
+]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ from effattn import add_matmul, pack_signs, quantize_power_of_two, shift_linear
 
 from . import report
 from .load import ForeignLoad
-from .runner import FULL, QUICK, Effort, Result, _interleave, _quantile, warm_up
+from .runner import FULL, QUICK, Effort, Result, take_turns, warm_up
 
 # Energy of one operation in pJ. float32 and int8: the table of ShiftAddViT (45 nm). float16: M. Horowitz, "Computing's
 # energy problem (and what we can do about it)", ISSCC 2014, the same source at 45 nm; used for bfloat16.
@@ -272,9 +271,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> list[Line]:
             lines[contender.name] = Line(contender, Result(note=note))
             if not note:
                 calls[contender.name] = contender.call, seconds
-        for name, samples in _interleave(calls, effort, device, lambda step: None).items():
-            median, low, high = (1e3 * _quantile(samples, share) for share in (0.5, 0.25, 0.75))
-            result = Result(ms=median, quartiles=(low, high), samples=len(samples))
+        for name, result in take_turns(calls, effort, device).items():
             lines[name] = Line(lines[name].contender, result)
     return list(lines.values())
 
@@ -422,13 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     if foreign:
         print(f"\nOther processes used {foreign} cores meanwhile.")
     if options.json:
-
-        def write(name: str) -> None:
-            with open(name, "w") as file:
-                json.dump(as_json(found, about, foreign), file, indent=1)
-                file.write("\n")
-
-        report.write_atomically(options.json, write)
+        report.write_json(as_json(found, about, foreign), options.json)
     return 0
 
 

@@ -104,6 +104,12 @@ def scale_or_default(op: str, scale, head_dim: int) -> float:
     return float(scale)
 
 
+def interval(op: str, name: str, value, low: float, high: float) -> None:
+    real(op, name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
+
+
 def probability(op: str, name: str, value) -> None:
     real(op, name, value)
     if not 0.0 <= value < 1.0:

@@ -108,9 +108,7 @@ def bipartite_soft_matching(
     if not isinstance(distill_token, bool):
         raise TypeError(f"{op}: distill_token must be a bool, got {distill_token!r}")
     if threshold is not None:
-        _checks.real(op, "threshold", threshold)
-        if not -1.0 <= threshold <= 1.0:
-            raise ValueError(f"{op}: threshold must be in [-1, 1], got {threshold}")
+        _checks.interval(op, "threshold", threshold, -1.0, 1.0)
         threshold = float(threshold)
     flat = None if sizes is None else flat_sizes(op, sizes, metric, (batch, tokens), "metric")
     backend = choose(op, backend, Problem(metric.device.type, metric.dtype, 1))
