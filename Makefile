@@ -21,7 +21,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	touch $@
 
 $(BUILT): $(INSTALLED) setup.py $(NATIVE)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,bench]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,bench,docs]"
 	touch $@
 
 install: $(BUILT)
