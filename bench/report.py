@@ -19,6 +19,7 @@ import effattn
 
 from .cases import BACKWARD, OURS
 from .ceilings import Ceilings
+from .overhead import STOCK
 from .runner import Row
 
 NOISY = 0.15  # quartile distance over median beyond which a time is marked
@@ -164,8 +165,10 @@ def table(report: Report) -> str:
             "extra MB: our peak memory above the inputs, results included.",
         ]
     if report.overhead_us:
-        calls = ", ".join(f"{name} {us:.1f} us" for name, us in report.overhead_us.items())
-        lines.append(f"1 x 1 x 16 x 16 call: {calls}")
+        stock = report.overhead_us[STOCK]
+        lines += ["", f"a call on 1 x 1 x 16 x 16, where all is overhead: {STOCK} {stock:.1f} us, and above it"]
+        ours = sorted(((us - stock, name) for name, us in report.overhead_us.items() if name != STOCK), reverse=True)
+        lines += [f"  {name:<32}{us:5.1f} us" for us, name in ours]
     if report.import_ms is not None:
         lines.append(f"import effattn after torch: {report.import_ms:.0f} ms")
     if report.foreign_load is not None and report.foreign_load > 0.1:

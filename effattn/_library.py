@@ -207,12 +207,19 @@ def _score_flops(query, key, value, *options) -> int:
     return 4 * batch * heads * length * key[2] * head_dim
 
 
+def signed(forward: Callable) -> Callable:
+    """torch binds the arguments of every call to this signature; without the attribute it builds one each time (10 us)."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
+
+
 class Fused(torch.autograd.Function):
     """Any operator with its backward. Operators go by name: Dynamo traces a global table, not a captured object."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(name, backend, *args):
         return _operators[name].forward(backend, *args)
 
@@ -254,10 +261,6 @@ class Fused(torch.autograd.Function):
             if arguments[received + index] is not None:
                 slots[2 + index] = slots[2 + like]
         return tuple(slots)
-
-
-# torch binds the arguments of every call to this signature; without the attribute it builds one each time (10 us).
-Fused.forward.__signature__ = inspect.signature(Fused.forward)
 
 
 class FusedGradient(torch.autograd.Function):

@@ -100,16 +100,18 @@ def choose(op: str, requested: str, problem: Problem, notes: Callable[[str], Seq
     ``notes``: what ``explain`` adds about the chosen backend, a line each.
 
     Raises:
-        ValueError: ``requested`` is no backend's name.
+        TypeError, ValueError: ``requested`` is no backend's name.
         NotImplementedError: ``requested`` is one backend and cannot serve this call. It is never replaced by another.
     """
-    if requested == "auto":
-        requested = os.environ.get("EFFATTN_BACKEND") or "auto"
+    if not isinstance(requested, str):
+        raise TypeError(f"{op}: backend must be a str, got {requested!r}")
+    if requested == "auto" and "EFFATTN_BACKEND" in os.environ:
+        requested = os.environ["EFFATTN_BACKEND"] or "auto"
     if _explaining.active:
         raise _explain_choice(op, requested, problem, notes)
     if requested == "auto":
         for backend in _table[op]:
-            if backend.verdict(problem, auto=True).ok:
+            if backend.predicate(problem)[0] and (backend.worthwhile is None or backend.worthwhile(problem)[0]):
                 if backend.name == "reference" and not torch.compiler.is_compiling():
                     _log_fallback(op, problem)
                 return backend.name

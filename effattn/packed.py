@@ -50,14 +50,14 @@ class PackedShiftWeight(Tensor):
         return Tensor._make_wrapper_subclass(cls, (codes.shape[0], columns), dtype=dtype, device=codes.device)
 
     def __init__(self, codes, scale, bits, columns, dtype=torch.float32):
-        self.codes, self.scale, self.bits = codes, scale, bits
+        self.codes, self.scale, self.bits, self.columns = codes, scale, bits, columns
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense tensor: exact where there is no scale, else rounded once."""
         dtype = self.dtype if dtype is None else dtype
         if self.scale is None:
-            return decode(self.codes, self.bits, self.shape[1], dtype)
-        return (decode(self.codes, self.bits, self.shape[1]) * self.scale[:, None]).to(dtype)
+            return decode(self.codes, self.bits, self.columns, dtype)
+        return (decode(self.codes, self.bits, self.columns) * self.scale[:, None]).to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -68,21 +68,21 @@ class PackedShiftWeight(Tensor):
         return f"PackedShiftWeight(shape={tuple(self.shape)}, bits={self.bits}, scale={scale!r}, device={self.device})"
 
     def __tensor_flatten__(self):
-        return ["codes"] if self.scale is None else ["codes", "scale"], (self.bits, self.shape[1], self.dtype)
+        return ["codes"] if self.scale is None else ["codes", "scale"], (self.bits, self.columns, self.dtype)
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, context, outer_size, outer_stride):
         return cls(tensors["codes"], tensors.get("scale"), *context)
 
     def __reduce_ex__(self, protocol):
-        return PackedShiftWeight, (self.codes, self.scale, self.bits, self.shape[1], self.dtype)
+        return PackedShiftWeight, (self.codes, self.scale, self.bits, self.columns, self.dtype)
 
     def __deepcopy__(self, memo):
         return self._map(torch.clone)
 
     def _map(self, function, dtype: torch.dtype | None = None) -> PackedShiftWeight:
         scale = None if self.scale is None else function(self.scale)
-        return PackedShiftWeight(function(self.codes), scale, self.bits, self.shape[1], dtype or self.dtype)
+        return PackedShiftWeight(function(self.codes), scale, self.bits, self.columns, dtype or self.dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

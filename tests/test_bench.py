@@ -15,6 +15,7 @@ from effattn.bench import (
     cswin,
     memory,
     merged_vit,
+    overhead,
     photographs,
     report,
     runner,
@@ -290,3 +291,20 @@ def test_the_merged_vit_computes_what_the_published_algorithm_does():
         outputs = {name: model(images) for name, model in models.items()}
     torch.testing.assert_close(outputs[OURS], outputs[merged_vit.PUBLISHED], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs[OURS], outputs[merged_vit.WHOLE], rtol=1e-3)
+
+
+def test_overhead_is_measured_of_every_operator():
+    from effattn import _registry
+
+    assert set(overhead.calls()) == {overhead.STOCK, *_registry.operators()}
+    for call in overhead.calls().values():
+        call()
+
+
+def test_overhead_table_names_every_operator():
+    measured = overhead.call_overhead(rounds=1, count=1, only=(overhead.STOCK, "retention", "pack_signs"))
+    found = report.Report({}, "", [], measured, None, True, None)
+    lines = report.table(found).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == sorted(
+        ("retention", "pack_signs"), key=lambda name: -measured[name]
+    )

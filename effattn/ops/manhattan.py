@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Operator
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register, triton_kernel
-from ..reference.retention import decay_logits
 from .cross_shaped_window import window
 from .retention_checks import check_decay
 
 DECAY = ("logits", "weights")
+LOWEST = -1e30  # for a log_decay of -inf, whose product with a distance of 0 would be NaN
 
 
 def _convolution_flops(attention, value, weight, *options) -> int:
@@ -145,9 +147,21 @@ def manhattan_attention(
 
 def _table(log_decay: Tensor, size: tuple[int, int], decay: str, unit: int) -> Tensor:
     """log_decay D by (dy, dx), or gamma^D: (H, 2 h - 1, 2 w - 1) float32; ``unit``: distance of neighbours."""
-    dy, dx = (torch.arange(1 - extent, extent, device=log_decay.device).abs() * unit for extent in size)
-    table = decay_logits(log_decay.float(), dy[:, None] + dx)
+    plain = not torch.compiler.is_compiling() and type(log_decay) in (Tensor, torch.nn.Parameter)
+    distances = (_kept_distances if plain else _distances)(*size, unit, log_decay.device)
+    table = log_decay.float().clamp(min=LOWEST).view(-1, 1, 1) * distances
     return table.exp() if decay == "weights" else table
+
+
+def _distances(height: int, width: int, unit: int, device: torch.device) -> Tensor:
+    dy, dx = (torch.arange(1 - extent, extent, device=device, dtype=torch.float32).abs() for extent in (height, width))
+    return (dy[:, None] + dx) * unit
+
+
+@functools.lru_cache(maxsize=64)  # of the sizes of a model: eight small tensor operations cost more than a small call
+def _kept_distances(height: int, width: int, unit: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.utils._python_dispatch._disable_current_modes():
+        return _distances(height, width, unit, device)
 
 
 def _check_lce(op: str, query: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

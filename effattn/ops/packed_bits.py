@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .._library import FusedGradient, Op
+from .._library import FusedGradient, Op, signed
 from .._registry import MAX_HEAD_DIM, REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register
 
 VALUES = ("binary", "sign")
@@ -151,7 +151,9 @@ def add_matmul(packed: Tensor, dense: Tensor, *, values: str = "binary", backend
     backend = choose(op, backend, Problem(dense.device.type, dense.dtype, 1))
     if backend == "reference":
         return reference.add_matmul(packed, dense, values)
-    output = _AddMatmul.apply(backend, _batched(packed), _batched(dense), VALUES.index(values))
+    wanted = torch.is_grad_enabled() and dense.requires_grad
+    product = _AddMatmul.apply if wanted else add_matmul_fwd
+    output = product(backend, _batched(packed), _batched(dense), VALUES.index(values))
     return output.reshape(*packed.shape[:-1], dense.shape[-1])
 
 
@@ -265,13 +267,16 @@ def hamming_attention(
     if backend == "reference":
         return reference.hamming_attention(query_bits, key_bits, value, head_dim, values, scale)
     query_bits, key_bits = query_bits.contiguous(), key_bits.contiguous()
-    return _HammingAttention.apply(backend, query_bits, key_bits, value, head_dim, VALUES.index(values), scale)[0]
+    wanted = torch.is_grad_enabled() and value.requires_grad
+    attend = _HammingAttention.apply if wanted else hamming_attention_fwd
+    return attend(backend, query_bits, key_bits, value, head_dim, VALUES.index(values), scale)[0]
 
 
 class _AddMatmul(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(backend, packed, dense, values):
         return add_matmul_fwd(backend, packed, dense, values)
 
@@ -293,6 +298,7 @@ class _HammingAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(backend, query_bits, key_bits, value, head_dim, values, scale):
         return hamming_attention_fwd(backend, query_bits, key_bits, value, head_dim, values, scale)
 

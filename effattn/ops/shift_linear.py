@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .._library import FusedGradient, Op
+from .._library import FusedGradient, Op, signed
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
 from ..packed import PackedShiftWeight, quantize_power_of_two
 from ..reference.shift_add import NIBBLE_BITS
@@ -138,12 +138,12 @@ def shift_linear_ste(
 
 
 def _linear(op: str, input, weight: PackedShiftWeight, dense: Tensor | None, bias, activation, backend) -> Tensor:
-    outputs, columns = weight.shape
+    outputs, columns, device = weight.codes.shape[0], weight.columns, weight.codes.device  # the subclass's own are slow
     _checks.floating(op, "input", input)
     if input.dim() < 1 or input.shape[-1] != columns:
         raise ValueError(f"{op}: input must have shape (..., {columns}), got {tuple(input.shape)}")
-    if weight.device != input.device:
-        raise ValueError(f"{op}: weight must be on input's device {input.device}, got {weight.device}")
+    if device != input.device:
+        raise ValueError(f"{op}: weight must be on input's device {input.device}, got {device}")
     if bias is not None:
         _checks.parameter(op, "bias", bias, input, "input")
         if tuple(bias.shape) != (outputs,):
@@ -166,9 +166,11 @@ def _linear(op: str, input, weight: PackedShiftWeight, dense: Tensor | None, bia
     else:
         if bias is not None:
             bias = bias.float().contiguous()
-        output = _ShiftLinear.apply(
-            backend, rows, weight.codes, weight.scale, bias, dense, weight.bits, ACTIVATIONS.index(activation)
-        )
+        code = ACTIVATIONS.index(activation)
+        if dense is None and not torch.is_grad_enabled():
+            output = shift_linear_fwd(backend, rows, weight.codes, weight.scale, bias, weight.bits, code)
+        else:
+            output = _ShiftLinear.apply(backend, rows, weight.codes, weight.scale, bias, dense, weight.bits, code)
     return output.reshape(*input.shape[:-1], outputs)
 
 
@@ -178,6 +180,7 @@ class _ShiftLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(backend, rows, codes, scale, bias, dense, bits, activation):
         return shift_linear_fwd(backend, rows, codes, scale, bias, bits, activation)
 

@@ -23,6 +23,7 @@ from .toeplitz_checks import check_causal, check_entries, check_eps, check_paddi
 FEATURE_MAPS = ("positive", "trigonometric", "identity")
 SHIFTS = ("none", "row", "head")
 GPU_CROSSOVER = 12288, 24576  # tokens from which the FFT costs less than tiles, at equal utilisation: not measured
+SHORT = 32  # tokens up to which tiles cost least whatever the machine
 
 
 def _feature_flops(x, projection, mask, *options) -> int:
@@ -402,9 +403,14 @@ def _attend(op, backend, query, key, value, entries, size, is_causal, method, ep
     )
 
 
+def _is_short(query: Tensor) -> bool:
+    """Whether no plan could say anything but "direct", and making one costs more than the attention."""
+    return not torch.compiler.is_compiling() and query.shape[2] <= SHORT
+
+
 def _kernel_method(op, backend, query, value, entries, size, is_causal, method) -> tuple[Tensor | None, int]:
     """What the kernels are told: a plan that they look at, or the code of a method."""
-    if backend == "triton" or method == "direct":
+    if backend == "triton" or method == "direct" or (method == "auto" and backend == "cpu" and _is_short(query)):
         return None, methods.DIRECT
     asked = "fft" if backend == "cuda" else method
     plan, report = methods.planned(entries, query, value, size, is_causal, asked)
