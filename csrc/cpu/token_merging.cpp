@@ -31,12 +31,12 @@ EFFATTN_INLINE Vec larger_or_nan(Vec a, Vec b) {
   return keep ? a : b;
 }
 
-template <class T, bool kUnit, bool kStream>
+template <class T, bool kStream>
 struct Merge {
   static void run(const TokenMergeForward& call, const Runtime& runtime) {
     const int64_t columns = call.output.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
-      const Rows<T, kUnit> x(call.x, batch);
+      const Rows<T> x(call.x, batch);
       const WrittenRows<T, kStream> output(call.output, batch);
       for (int64_t t = first; t < last; ++t) {
         const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
@@ -55,11 +55,11 @@ struct Merge {
 
  private:
   static EFFATTN_INLINE void sum(
-      const WrittenRow<T, kStream>& to, const Rows<T, kUnit>& x, const Group& group, float divisor, int64_t columns) {
+      const WrittenRow<T, kStream>& to, const Rows<T>& x, const Group& group, float divisor, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec total[at.kVectors] = {};
       for (int64_t i = 0; i < group.count; ++i) {
-        const Row<T, kUnit> row = x[group.members[i]];
+        const Row<T> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) total[v] += row.load(at, v);
       }
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, total[v] / broadcast(divisor));
@@ -67,12 +67,12 @@ struct Merge {
   }
 
   static EFFATTN_INLINE void maximum(
-      const WrittenRow<T, kStream>& to, const Rows<T, kUnit>& x, const Group& group, int64_t columns) {
+      const WrittenRow<T, kStream>& to, const Rows<T>& x, const Group& group, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec best[at.kVectors];
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = x[group.members[0]].load(at, v);
       for (int64_t i = 1; i < group.count; ++i) {
-        const Row<T, kUnit> row = x[group.members[i]];
+        const Row<T> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = larger_or_nan(best[v], row.load(at, v));
       }
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, best[v]);
@@ -80,20 +80,20 @@ struct Merge {
   }
 };
 
-template <class T, bool kUnit, bool kStream>
+template <class T, bool kStream>
 struct MergeGradient {
   static void run(const TokenMergeBackward& call, const Runtime& runtime) {
     const int64_t columns = call.grad_x.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
-      const Rows<T, kUnit> upstream(call.grad_output, batch);
+      const Rows<T> upstream(call.grad_output, batch);
       const WrittenRows<T, kStream> grad_x(call.grad_x, batch);
       for (int64_t t = first; t < last; ++t) {
         const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
         if (call.mode == MergeMode::kMax && ahead.count > 1)
           for (int64_t i = 0; i < ahead.count; ++i)
-            merging::fetch_row(Rows<T, kUnit>(call.x, batch)[ahead.members[i]], columns);
+            merging::fetch_row(Rows<T>(call.x, batch)[ahead.members[i]], columns);
         if (call.mode == MergeMode::kMax && group.count > 1) {
-          share(grad_x, upstream[t], {call.x, batch}, Rows<T, kUnit>(call.output, batch)[t], group, columns);
+          share(grad_x, upstream[t], {call.x, batch}, Rows<T>(call.output, batch)[t], group, columns);
         } else if (call.mode == MergeMode::kMean && group.count > 1) {
           for (int64_t i = 0; i < group.count; ++i)
             merging::scale_row(grad_x[group.members[i]], upstream[t], 1.f / static_cast<float>(group.count), columns);
@@ -106,13 +106,13 @@ struct MergeGradient {
 
  private:
   // Where the maximum is NaN no member attains it, and its gradient is NaN.
-  static EFFATTN_INLINE void share(const WrittenRows<T, kStream>& to, const Row<T, kUnit>& upstream,
-      const Rows<T, kUnit>& x, const Row<T, kUnit>& largest, const Group& group, int64_t columns) {
+  static EFFATTN_INLINE void share(const WrittenRows<T, kStream>& to, const Row<T>& upstream, const Rows<T>& x,
+      const Row<T>& largest, const Group& group, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec best[at.kVectors], part[at.kVectors], others[at.kVectors];
       EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) best[v] = largest.load(at, v), part[v] = Vec{};
       for (int64_t i = 0; i < group.count; ++i) {
-        const Row<T, kUnit> row = x[group.members[i]];
+        const Row<T> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) part[v] +=
             row.load(at, v) == best[v] ? broadcast(1.f) : Vec{};
       }
@@ -121,7 +121,7 @@ struct MergeGradient {
         others[v] = best[v] == best[v] ? Vec{} : best[v];
       }
       for (int64_t i = 0; i < group.count; ++i) {
-        const Row<T, kUnit> row = x[group.members[i]];
+        const Row<T> row = x[group.members[i]];
         EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to[group.members[i]].store(
             at, v, row.load(at, v) == best[v] ? part[v] : others[v]);
       }
@@ -137,13 +137,13 @@ EFFATTN_INLINE float total_size(const float* sizes, const Group& group) {
 }
 
 // x or x + residual.
-template <class T, bool kUnit>
+template <class T>
 class Sums {
  public:
   Sums(const Tensor& x, const Tensor& residual, int64_t batch)
       : x_(x, batch), residual_(residual, batch), has_residual_(residual.data != nullptr) {}
   bool has_residual() const { return has_residual_; }
-  EFFATTN_INLINE Row<T, kUnit> x(int64_t row) const { return x_[row]; }
+  EFFATTN_INLINE Row<T> x(int64_t row) const { return x_[row]; }
 
   EFFATTN_INLINE void fetch(int64_t row, int64_t columns) const {
     merging::fetch_row(x_[row], columns);
@@ -153,24 +153,24 @@ class Sums {
   // to[v] for the whole step.
   template <class Columns>
   EFFATTN_INLINE void load(Vec (&to)[Columns::kVectors], int64_t row, Columns at) const {
-    const Row<T, kUnit> x = x_[row];
+    const Row<T> x = x_[row];
     EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to[v] = x.load(at, v);
     if (!has_residual_) return;
-    const Row<T, kUnit> residual = residual_[row];
+    const Row<T> residual = residual_[row];
     EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to[v] += residual.load(at, v);
   }
 
  private:
-  const Rows<T, kUnit> x_, residual_;
+  const Rows<T> x_, residual_;
   const bool has_residual_;
 };
 
-template <class T, bool kUnit, bool kStream>
+template <class T, bool kStream>
 struct WeightedMerge {
   static void run(const WeightedMergeForward& call, const Runtime& runtime) {
     const int64_t columns = call.output.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
-      const Sums<T, kUnit> tokens(call.x, call.residual, batch);
+      const Sums<T> tokens(call.x, call.residual, batch);
       const WrittenRows<T, kStream> output(call.output, batch);
       const float* const sizes = call.sizes ? call.sizes + batch * call.groups.tokens : nullptr;
       float* const merged_sizes = call.merged_sizes + batch * call.groups.outputs;
@@ -191,7 +191,7 @@ struct WeightedMerge {
 
  private:
   static EFFATTN_INLINE void single(
-      const WrittenRow<T, kStream>& to, const Sums<T, kUnit>& tokens, int64_t member, int64_t columns) {
+      const WrittenRow<T, kStream>& to, const Sums<T>& tokens, int64_t member, int64_t columns) {
     if (!tokens.has_residual()) return merging::copy_row(to, tokens.x(member), columns);
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec value[at.kVectors];
@@ -200,7 +200,7 @@ struct WeightedMerge {
     });
   }
 
-  static EFFATTN_INLINE void average(const WrittenRow<T, kStream>& to, const Sums<T, kUnit>& tokens, const float* sizes,
+  static EFFATTN_INLINE void average(const WrittenRow<T, kStream>& to, const Sums<T>& tokens, const float* sizes,
       const Group& group, float total, int64_t columns) {
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec sum[at.kVectors] = {}, value[at.kVectors];
@@ -214,12 +214,12 @@ struct WeightedMerge {
   }
 };
 
-template <class T, bool kUnit, bool kStream>
+template <class T, bool kStream>
 struct WeightedMergeGradient {
   static void run(const WeightedMergeBackward& call, const Runtime& runtime) {
     const int64_t columns = call.grad_x.size[3];
     over_outputs(runtime, call.groups, columns, [&](int64_t batch, int64_t first, int64_t last) {
-      const Rows<T, kUnit> upstream(call.grad_output, batch);
+      const Rows<T> upstream(call.grad_output, batch);
       const WrittenRows<T, kStream> grad_x(call.grad_x, batch);
       const int64_t token = batch * call.groups.tokens, output = batch * call.groups.outputs;
       const float* const sizes = call.sizes ? call.sizes + token : nullptr;
@@ -227,7 +227,7 @@ struct WeightedMergeGradient {
         const Group group = group_at(call.groups, batch, t), ahead = group_ahead(call.groups, batch, t, last);
         if (call.grad_sizes && ahead.count > 1)
           for (int64_t i = 0; i < ahead.count; ++i)
-            Sums<T, kUnit>(call.x, call.residual, batch).fetch(ahead.members[i], columns);
+            Sums<T>(call.x, call.residual, batch).fetch(ahead.members[i], columns);
         const float total = total_size(sizes, group);
         const float of_total = call.grad_merged_sizes ? call.grad_merged_sizes[output + t] : 0.f;
         // A token alone does not change with its size; where there is nothing to average only the sum of sizes does.
@@ -243,7 +243,7 @@ struct WeightedMergeGradient {
             merging::scale_row(grad_x[member], upstream[t], factor, columns);
           if (call.grad_sizes)
             call.grad_sizes[token + member] =
-                of_total + (moves ? pull({call.x, call.residual, batch}, member, Rows<T, kUnit>(call.output, batch)[t],
+                of_total + (moves ? pull({call.x, call.residual, batch}, member, Rows<T>(call.output, batch)[t],
                                         upstream[t], columns) /
                                         total
                                   : 0.f);
@@ -254,8 +254,8 @@ struct WeightedMergeGradient {
 
  private:
   // (x_i + r_i - y_t) . dy_t
-  static EFFATTN_INLINE float pull(const Sums<T, kUnit>& tokens, int64_t member, const Row<T, kUnit>& output,
-      const Row<T, kUnit>& upstream, int64_t columns) {
+  static EFFATTN_INLINE float pull(
+      const Sums<T>& tokens, int64_t member, const Row<T>& output, const Row<T>& upstream, int64_t columns) {
     Vec dot[merging::kStep] = {};
     over_columns(columns, [&](auto at) __attribute__((always_inline)) {
       Vec value[at.kVectors];
@@ -272,27 +272,19 @@ struct WeightedMergeGradient {
 }  // namespace
 
 void token_merge_forward(const TokenMergeForward& call, const Runtime& runtime) {
-  merging::dispatch<Merge>(merging::has_unit_columns(call.x), call.output, call, runtime);
+  merging::dispatch<Merge>(call.output, call, runtime);
 }
 
 void token_merge_backward(const TokenMergeBackward& call, const Runtime& runtime) {
-  bool unit = merging::has_unit_columns(call.grad_output);
-  if (call.mode == MergeMode::kMax)
-    unit = unit && merging::has_unit_columns(call.x) && merging::has_unit_columns(call.output);
-  merging::dispatch<MergeGradient>(unit, call.grad_x, call, runtime);
+  merging::dispatch<MergeGradient>(call.grad_x, call, runtime);
 }
 
 void weighted_merge_forward(const WeightedMergeForward& call, const Runtime& runtime) {
-  const bool unit = merging::has_unit_columns(call.x) && merging::has_unit_columns(call.residual);
-  merging::dispatch<WeightedMerge>(unit, call.output, call, runtime);
+  merging::dispatch<WeightedMerge>(call.output, call, runtime);
 }
 
 void weighted_merge_backward(const WeightedMergeBackward& call, const Runtime& runtime) {
-  bool unit = merging::has_unit_columns(call.grad_output);
-  if (call.grad_sizes)
-    for (const Tensor* tensor : {&call.x, &call.residual, &call.output})
-      unit = unit && merging::has_unit_columns(*tensor);
-  merging::dispatch<WeightedMergeGradient>(unit, call.grad_x, call, runtime);
+  merging::dispatch<WeightedMergeGradient>(call.grad_x, call, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA

@@ -26,20 +26,26 @@ EFFATTN_INLINE void over_columns(int64_t columns, const Body& body) {
   if (c < columns) body(Columns<1, false>{c, columns - c});
 }
 
-// A row to read. kUnit: its elements lie side by side.
-template <class T, bool kUnit>
+template <class T>
+[[gnu::noinline]] Vec load_strided(const T* from, int64_t stride, int64_t count) {
+  T part[kLanes] = {};
+  for (int64_t lane = 0; lane < count; ++lane) part[lane] = from[lane * stride];
+  return load_float(part);
+}
+
+// A row to read. Its elements nearly always lie side by side.
+template <class T>
 struct Row {
   const T* data;
   int64_t stride;
 
   template <class Columns>
   EFFATTN_INLINE Vec load(Columns at, int v) const {
-    if constexpr (!kUnit) {
-      T part[kLanes] = {};
-      const T* const from = data + (at.first + v * kLanes) * stride;
-      for (int lane = 0; lane < (Columns::kWhole ? kLanes : at.count); ++lane) part[lane] = from[lane * stride];
-      return load_float(part);
-    } else if constexpr (Columns::kWhole) {
+    if (__builtin_expect(stride != 1, 0)) {
+      const int64_t first = at.first + v * kLanes;
+      return load_strided(data + first * stride, stride, Columns::kWhole ? kLanes : at.count);
+    }
+    if constexpr (Columns::kWhole) {
       return load_float(data + at.first + v * kLanes);
     } else {
       return load_float_partial(data + at.first, at.count);
@@ -94,14 +100,14 @@ struct WrittenRow {
 };
 
 // The rows of one batch of a tensor (1,B,rows,C).
-template <class T, bool kUnit>
+template <class T>
 class Rows {
  public:
   Rows(const Tensor& tensor, int64_t batch)
       : data_(static_cast<const T*>(tensor.data) + batch * tensor.stride[1]),
         row_stride_(tensor.stride[2]),
         column_stride_(tensor.stride[3]) {}
-  EFFATTN_INLINE Row<T, kUnit> operator[](int64_t row) const { return {data_ + row * row_stride_, column_stride_}; }
+  EFFATTN_INLINE Row<T> operator[](int64_t row) const { return {data_ + row * row_stride_, column_stride_}; }
 
  private:
   const T* data_;
@@ -121,10 +127,6 @@ class WrittenRows {
   int64_t row_stride_;
 };
 
-inline bool has_unit_columns(const Tensor& tensor) {
-  return tensor.data == nullptr || tensor.stride[3] == 1 || tensor.size[3] <= 1;
-}
-
 inline bool is_streamed(const Tensor& written) {
   const int64_t element = element_size(written.dtype), row = written.size[3] * element;
   const bool whole_lines = (row | written.stride[1] * element | written.stride[2] * element) % kLine == 0;
@@ -133,9 +135,9 @@ inline bool is_streamed(const Tensor& written) {
 }
 
 // Bit by bit.
-template <class T, bool kUnit, bool kStream>
-EFFATTN_INLINE void copy_row(const WrittenRow<T, kStream>& to, const Row<T, kUnit>& from, int64_t columns) {
-  if constexpr (kUnit) {
+template <class T, bool kStream>
+EFFATTN_INLINE void copy_row(const WrittenRow<T, kStream>& to, const Row<T>& from, int64_t columns) {
+  if (from.stride == 1) {
     constexpr int64_t kBytes = sizeof(Vec);
     const char* const source = reinterpret_cast<const char*>(from.data);
     char* const target = reinterpret_cast<char*>(to.data);
@@ -162,17 +164,16 @@ EFFATTN_INLINE void zero_row(const WrittenRow<T, kStream>& to, int64_t columns) 
   memset(static_cast<void*>(to.data), 0, columns * sizeof(T));
 }
 
-template <class T, bool kUnit, bool kStream>
-EFFATTN_INLINE void scale_row(
-    const WrittenRow<T, kStream>& to, const Row<T, kUnit>& from, float factor, int64_t columns) {
+template <class T, bool kStream>
+EFFATTN_INLINE void scale_row(const WrittenRow<T, kStream>& to, const Row<T>& from, float factor, int64_t columns) {
   over_columns(columns, [&](auto at) __attribute__((always_inline)) {
     EFFATTN_UNROLL for (int v = 0; v < at.kVectors; ++v) to.store(at, v, from.load(at, v) * broadcast(factor));
   });
 }
 
-template <class T, bool kUnit>
-EFFATTN_INLINE void fetch_row(const Row<T, kUnit>& row, int64_t columns) {
-  if constexpr (kUnit)
+template <class T>
+EFFATTN_INLINE void fetch_row(const Row<T>& row, int64_t columns) {
+  if (row.stride == 1)
     for (int64_t c = 0; c < columns; c += kLine / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(row.data + c, 0, 2);
 }
@@ -223,26 +224,23 @@ EFFATTN_INLINE Group group_ahead(const TokenGroups& groups, int64_t batch, int64
   return {group.members, smaller(group.count, 4)};
 }
 
-template <template <class, bool, bool> class Kernel, class T, class Call>
-void dispatch_layout(bool unit, const Tensor& written, const Call& call, const Runtime& runtime) {
-  if (!unit)
-    Kernel<T, false, false>::run(call, runtime);
-  else if (!is_streamed(written))
-    Kernel<T, true, false>::run(call, runtime);
+template <template <class, bool> class Kernel, class T, class Call>
+void dispatch_stores(const Tensor& written, const Call& call, const Runtime& runtime) {
+  if (is_streamed(written))
+    Kernel<T, true>::run(call, runtime);
   else
-    Kernel<T, true, true>::run(call, runtime);
+    Kernel<T, false>::run(call, runtime);
 }
 
-// The element type, whether all tensors that are read have unit columns, and whether the result is streamed, as
-// template arguments.
-template <template <class, bool, bool> class Kernel, class Call>
-void dispatch(bool unit, const Tensor& written, const Call& call, const Runtime& runtime) {
+// The element type, and whether the result is streamed, as template arguments.
+template <template <class, bool> class Kernel, class Call>
+void dispatch(const Tensor& written, const Call& call, const Runtime& runtime) {
   if (written.dtype == DType::kBFloat16)
-    dispatch_layout<Kernel, bfloat16>(unit, written, call, runtime);
+    dispatch_stores<Kernel, bfloat16>(written, call, runtime);
   else if (written.dtype == DType::kFloat16)
-    dispatch_layout<Kernel, float16>(unit, written, call, runtime);
+    dispatch_stores<Kernel, float16>(written, call, runtime);
   else
-    dispatch_layout<Kernel, float>(unit, written, call, runtime);
+    dispatch_stores<Kernel, float>(written, call, runtime);
 }
 
 }  // namespace effattn::EFFATTN_ISA::merging
