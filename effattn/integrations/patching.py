@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import _checks
@@ -71,9 +70,7 @@ class Patching:
                 by_words.setdefault(words, []).append(name or "(the model)")
             for words, names in by_words.items():
                 lines.append(textwrap.fill(f"{title}: {words}", 116, initial_indent="  ", subsequent_indent="      "))
-                lines.append(
-                    textwrap.fill(", ".join(names), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
-                )
+                lines.append(textwrap.fill(", ".join(names), 116, initial_indent=" " * 6, subsequent_indent=" " * 6))
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -222,7 +219,11 @@ def _transformers_models(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _choose(rules, layers: dict[str, tuple]) -> dict[str, _Choice]:
-    if rules is None or isinstance(rules, (str, StructuredMask)) or (callable(rules) and not isinstance(rules, Mapping)):
+    if (
+        rules is None
+        or isinstance(rules, (str, StructuredMask))
+        or (callable(rules) and not isinstance(rules, Mapping))
+    ):
         if isinstance(rules, str) and rules != _EXACT:
             raise ValueError(f"{_NAME}: rules must be {_EXACT!r}, a mask, a function or a mapping, got {rules!r}")
         return {name: _apply_rule(rules, name, *layer) for name, layer in layers.items()}

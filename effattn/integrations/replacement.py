@@ -21,7 +21,7 @@ _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
-class replace_sdpa(contextlib.ContextDecorator, TorchFunctionMode):  # noqa: N801  (used as a function)
+class replace_sdpa(contextlib.ContextDecorator, TorchFunctionMode):
     """Inside this context every call of ``F.scaled_dot_product_attention`` gets a structured mask, or goes to a function.
 
     A context manager and a decorator. Calls are seen however the caller imported the function, and so are those of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from .. import masks
 from .._structured_mask import StructuredMask
@@ -107,30 +107,6 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset=0, kv_offset=0, mask_function=causal_mask_function, **options
-) -> Tensor | None:
-    """The mask that transformers makes for :func:`attention`: that of its "sdpa", and no causal one while compiling.
-
-    Args:
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **options: as transformers passes them.
-
-    Returns:
-        Tensor | None: boolean, True where a key takes part; None where nothing is masked, or ``is_causal`` says it all.
-
-    Example:
-        >>> from effattn.integrations.transformers import attention_mask
-        >>> attention_mask(1, 4, 4) is None, attention_mask(1, 1, 4, q_offset=3).shape
-        (True, torch.Size([1, 1, 1, 4]))
-    """
-    whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
-    plain = options.get("attention_mask") is None and options.get("local_size") is None
-    if whole and plain and mask_function is causal_mask_function and options.get("allow_is_causal_skip", True):
-        return None
-    given = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
-    return sdpa_mask(batch_size, q_length, kv_length, **given, **options)
-
-
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
     lowest = torch.finfo(key.dtype).min
     if causal:
@@ -162,7 +138,9 @@ def _structured(module: nn.Module, layer: Layer | None, device: torch.device) ->
     if isinstance(given, list):
         index = getattr(module, "layer_idx", None)
         if index is None or index >= len(given):
-            raise ValueError(f"config.{CONFIG}: a list needs one entry for each layer with a layer_idx, got {len(given)}")
+            raise ValueError(
+                f"config.{CONFIG}: a list needs one entry for each layer with a layer_idx, got {len(given)}"
+            )
         given = given[index]
     return None if given is None else mask_from_config(given, device)
 
@@ -355,6 +333,6 @@ def _configurations(owner: nn.Module) -> list:
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, attention_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
-__all__ = ["attention", "attention_mask", "mask_config", "mask_from_config"]
+__all__ = ["attention", "mask_config", "mask_from_config"]
