@@ -205,7 +205,7 @@ def unpatch(model: nn.Module) -> None:
 
 def _transformers_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models inside ``model``, by name."""
-    library = sys.modules.get("transformers")  # a model of it exists only where it was imported
+    library = sys.modules.get("transformers.modeling_utils")  # a model of it exists only where that was imported
     kind = getattr(library, "PreTrainedModel", None)
     owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules() if isinstance(kind, type) else ():
