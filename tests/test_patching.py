@@ -510,3 +510,21 @@ def test_models_of_timm_are_patched(name):
     done = effattn.patch(model, example=images)
     assert len(done.touched) == 12
     assert done.skipped == {}
+
+
+def test_sixteen_bit_and_meta_models_are_patched():
+    model, images = vision().bfloat16(), IMAGES.bfloat16()
+    expected = model(images)
+    assert len(effattn.patch(model, example=images).touched) == 3
+    torch.testing.assert_close(model(images), expected, rtol=0.05, atol=0.05)
+    with torch.device("meta"):
+        model = vit.VisionTransformer(vit.TINY)
+    assert len(effattn.patch(model).touched) == 3
+
+
+def test_a_default_device_is_no_obstacle():
+    expected = effattn.scaled_dot_product_attention(QUERY, QUERY, QUERY, is_causal=True)
+    with torch.device("cpu"):  # another torch function mode
+        assert torch.equal(effattn.scaled_dot_product_attention(QUERY, QUERY, QUERY, is_causal=True), expected)
+        with pytest.raises(NotImplementedError, match="backend='cuda' cannot serve"):
+            effattn.scaled_dot_product_attention(QUERY, QUERY, QUERY, backend="cuda")
