@@ -81,9 +81,11 @@ __all__ = [
     "masked_product_attention",
     "nn",
     "pack_signs",
+    "patch",
     "quantize_power_of_two",
     "random_features",
     "reference",
+    "replace_sdpa",
     "retention",
     "retention_step",
     "retnet_log_decay",
@@ -96,6 +98,7 @@ __all__ = [
     "soft_merge",
     "stripe_attention",
     "toeplitz_linear_attention",
+    "unpatch",
     "urpe_attention",
     "visualize",
     "window_attention",
@@ -105,4 +108,6 @@ __all__ = [
 def __getattr__(name: str):
     if name in ("distributed", "integrations", "visualize"):  # loaded when they are asked for
         return importlib.import_module(f".{name}", __name__)
+    if name in ("patch", "replace_sdpa", "unpatch"):
+        return getattr(importlib.import_module(".integrations", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

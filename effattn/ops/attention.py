@@ -107,7 +107,32 @@ def scaled_dot_product_attention(
         if enable_gqa:
             key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale, backend=backend)
+    if torch._C._len_torch_function_stack():  # a mode, such as replace_sdpa, is to see this call as it sees torch's
+        plain = PlainCall(attn_mask, is_causal, enable_gqa, backend)
+        return F.scaled_dot_product_attention(query, key, value, plain, dropout_p, scale=scale)
+    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
 
+
+class PlainCall:
+    """Stands for ``attn_mask`` where :func:`scaled_dot_product_attention` is called as torch's: what else it was given."""
+
+    def __init__(self, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool, backend: str):
+        self.attn_mask, self.is_causal, self.enable_gqa, self.backend = attn_mask, is_causal, enable_gqa, backend
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return NotImplemented
+        query, key, value, call, dropout_p = args
+        return _attend(
+            *(query, key, value, call.attn_mask, dropout_p, call.is_causal, kwargs["scale"]),
+            enable_gqa=call.enable_gqa,
+            backend=call.backend,
+        )
+
+
+def _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
+    op = "scaled_dot_product_attention"
     detail = _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     length = work = -1
     if not detail and not torch.compiler.is_compiling():
