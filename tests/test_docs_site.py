@@ -18,7 +18,15 @@ import effattn
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(page.relative_to(ROOT / "docs").with_suffix(".html") for page in (ROOT / "docs").rglob("*.md"))
 OUTSIDE = [Path("project", f"{name}.html") for name in ("readme", "contributing", "changelog", "results")]
-FAMILIES = ("gaussian_mixture", "cross_shaped_window", "retention", "toeplitz", "token_merging", "shift_add")
+FAMILIES = (
+    "gaussian_mixture",
+    "cross_shaped_window",
+    "retention",
+    "toeplitz",
+    "token_merging",
+    "shift_add",
+    "attention",
+)
 
 
 @pytest.fixture(scope="session")
