@@ -27,6 +27,8 @@ FAMILIES = (
     "shift_add",
     "attention",
 )
+TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
+SOURCE = {".py", ".h", ".cpp", ".cu", ".inc", ".sh"}
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +164,25 @@ def test_family_page_has_formula_picture_measurements_api_and_both_tables(family
         assert re.search(wanted, page, re.MULTILINE), wanted
     assert f"](api/{family}.md)" in page
     assert "](accuracy.md#" in page
+
+
+@pytest.fixture(scope="module")
+def sources():
+    folders = ("csrc", "triton_kernels", "effattn", "tests", "bench")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in SOURCE]
+    names = " ".join(path.relative_to(ROOT).as_posix() for path in files)
+    return "\n".join([names, *(path.read_text() for path in (*files, ROOT / "setup.py"))])
+
+
+@pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.stem)
+def test_tours_name_what_is_in_the_code(tour, sources):
+    text = re.sub(r"^```.*?^```", "", tour.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for name in re.findall(r"[A-Za-z_]\w+", code):
+            assert name in sources, f"{tour.name}: {code}"
+        for path in re.findall(r"^(?:csrc|triton_kernels|effattn|tests|bench)/[\w./]+\.\w+$", code):
+            assert (ROOT / path).exists(), f"{tour.name}: {path}"
+    assert "## To change X, open Y" in text
 
 
 @pytest.fixture(scope="module")
