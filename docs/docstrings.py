@@ -26,7 +26,7 @@ class Docstrings(griffe.Extension):
         """Once all is loaded: only then is it known which names are public."""
         if pkg.name != "effattn":
             return
-        _prefer_functions(pkg)
+        _complete(pkg)
         for namespace in NAMESPACES:
             module = pkg if namespace == "effattn" else pkg[namespace.removeprefix("effattn.")]
             for name in module.exports or _functions(module):
@@ -52,12 +52,14 @@ class Docstrings(griffe.Extension):
         return ".".join((self._public[first], *rest)) if first in self._public else None
 
 
-def _prefer_functions(pkg) -> None:
+def _complete(pkg) -> None:
     """``effattn.retention`` is the function; griffe would follow the name to the module that is called the same."""
     for name in map(str, pkg.exports):
         module = pkg["ops"].members.get(name)
         if module is not None and module.is_module and name in module.members:
             pkg.set_member(name, griffe.Alias(name, f"{module.path}.{name}", parent=pkg))
+        elif name not in pkg.members and name in pkg["integrations"].members:  # by effattn.__getattr__, when asked for
+            pkg.set_member(name, griffe.Alias(name, f"effattn.integrations.{name}", parent=pkg))
 
 
 def _documented(owner, name: str) -> bool:
