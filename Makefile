@@ -6,12 +6,13 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install test bench accuracy lint format wheel clean
+.PHONY: help install test bench accuracy docs docs-serve lint format wheel clean
 
 help:
 	@echo "make test      install into $(VENV), build, run the tests"
 	@echo "make bench     install, build, measure against every peer, print a table, write build/bench.png"
 	@echo "make accuracy  regenerate docs/accuracy.md"
+	@echo "make docs      build the site into build/site; make docs-serve shows it and follows changes"
 	@echo "make lint      ruff and clang-format; make format applies them"
 	@echo "make wheel     one py3-none wheel in dist/"
 
@@ -35,6 +36,12 @@ bench: install
 
 accuracy: install
 	$(BIN)/python -m effattn.bench.accuracy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 lint: install
 	$(BIN)/ruff check .

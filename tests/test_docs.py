@@ -7,6 +7,8 @@ import importlib
 import logging
 import pkgutil
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,9 @@ def untouched_logging():
 def test_page_snippet(code, tmp_path, monkeypatch, untouched_logging):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+    module = types.ModuleType("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", module)  # torch's compiler imports the module of what it traces
+    exec(compile(code, "snippet", "exec"), module.__dict__)
 
 
 def test_readme_shows_python_and_every_public_operator():
