@@ -14,7 +14,7 @@ from torch import nn
 from effattn.bench.models import DIGITS, EAGER, OURS, PUBLISHED, models
 from effattn.bench.models._compare import forms
 
-STEPS, BATCH, PIXELS = 100, 128, 32
+STEPS, BATCH, PIXELS = 80, 128, 32
 MODELS = [pytest.param(model, id=name) for name, model in models().items()]
 EXACT = [pytest.param(model, id=name) for name, model in models().items() if model.exact]
 COUNTED = [pytest.param(model, id=name) for name, model in models().items() if model.parameters is not None]

@@ -29,7 +29,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     PUBLISHED: Architecture(),
-    DIGITS: Architecture(width=16, depths=(1, 1, 2, 1), heads=(2, 2, 4, 4), stripes=(1, 2, 2, 1), classes=10),
+    DIGITS: Architecture(width=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), stripes=(1, 2, 2, 1), classes=10),
 }
 
 
