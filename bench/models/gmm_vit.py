@@ -28,7 +28,7 @@ class Architecture(NamedTuple):
     classes: int = 200
 
 
-SMALL = Architecture(image=32, patch=4, width=48, depth=2, heads=3, classes=10)
+SMALL = Architecture(image=32, patch=8, width=48, depth=2, heads=3, classes=10)
 TINY_IMAGENET = {PUBLISHED: Architecture(), DIGITS: SMALL}
 IMAGENET = {PUBLISHED: Architecture(image=224, patch=16, classes=1000), DIGITS: SMALL}
 
