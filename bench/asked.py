@@ -18,10 +18,13 @@ import torch
 from . import bench_retention as decays
 from . import bench_toeplitz as toeplitz
 from . import bench_token_merging as merging
-from . import cswin, memory, merged_vit, photographs
+from . import memory, photographs, vit
 from .bench_attention import ADDITIVE, ADDITIVE_3D
 from .bench_shift_add import INT8, LINEAR, LINEAR_BF16, MATMUL
 from .cases import BACKWARD, FORWARD, OURS, UNMASKED, families
+from .models import merging_vit, models
+from .models._compare import QUICK as BRIEF
+from .models._compare import compare
 from .overhead import STOCK
 from .window_peers import ON_WINDOWS
 
@@ -174,12 +177,12 @@ def _window_figures(report) -> list[Figure]:
         figures.append(
             Figure(f"{case.label} forward: extra memory over output{beside}", 1.2, extra(forward, OURS), True)
         )
-    backbone = None if photographs.missing() else cswin.compare(effort=cswin.QUICK)
+    backbone = None if photographs.missing() else compare(models()["CSWin-T"], effort=BRIEF)
     what = "CSWin-T, 8 photographs: images/s over eager's"
     if backbone is None:
         return [*figures, Figure(what, 1.5, None, False)]
     what += f" (attention for free: {backbone.limit:.2f})"
-    return [*figures, Figure(what, 1.5, backbone.ratio, False)]
+    return [*figures, Figure(what, 1.5, backbone.ratio(), False)]
 
 
 def _retention_figures(report) -> list[Figure]:
@@ -326,8 +329,10 @@ def _merging_figures(report) -> list[Figure]:
             for direction, passes in ((FORWARD, "forward"), (BACKWARD, "forward+backward")):
                 ratio = times(case, merging.EAGER, direction)
                 found.append(Figure(f"soft_merge {passes} {case.name}: faster than eager by", 2.0, ratio, False))
-    for size in ("S", "B"):
-        ratio = None if photographs.missing() else merged_vit.compare(size, effort=merged_vit.QUICK).ratio
+    for size, architecture in (("S", vit.SMALL), ("B", vit.BASE)):
+        model, ratio = merging_vit.tome(f"ToMe-ViT-{size}", architecture), None
+        if not photographs.missing():
+            ratio = compare(model, effort=BRIEF).ratio(merging_vit.NOT_MERGED)
         found.append(Figure(f"ViT-{size}/16, r=16, 8 photographs: images/s over the same model's", 1.4, ratio, False))
     return found
 

@@ -17,6 +17,7 @@ from .cases import Call, Case, Inputs
 from .peers import flex, scores
 
 
+@torch.no_grad()
 def published_matching(metric: Tensor, num_merged: int, class_token: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Kept tokens of a, merged tokens of a, and the tokens of b that these go to, (B, ., 1) each."""
     metric = metric / metric.norm(dim=-1, keepdim=True)

@@ -39,9 +39,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, dropout_p=dropout_p)
+        out = self.attend(self.q_norm(query), self.k_norm(key), value)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
 
 
 class Mlp(nn.Module):
@@ -54,10 +57,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, attention: type[Attention] = Attention):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim)
+        self.attn, self.mlp = attention(dim, num_heads), Mlp(dim)
         self.ls1, self.ls2, self.drop_path1, self.drop_path2 = (nn.Identity() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +82,10 @@ class VisionTransformer(nn.Module):
 
     Args:
         architecture: sizes; ``SMALL`` or ``BASE``.
+        attention: its class in every block.
         class_token, distilled, registers: which tokens stand before the patches, in this order.
         global_pool: what the head reads: "token" (the class token, with ``distilled`` the mean of both heads) or "avg".
+        std: of the weights, 0.02 as published; small models learn from larger ones.
         seed: of the weights.
     """
 
@@ -88,10 +93,12 @@ class VisionTransformer(nn.Module):
         self,
         architecture: Architecture = SMALL,
         *,
+        attention: type[Attention] = Attention,
         class_token: bool = True,
         distilled: bool = False,
         registers: int = 0,
         global_pool: str = "token",
+        std: float = 0.02,
         seed: int = 0,
     ):
         super().__init__()
@@ -102,18 +109,18 @@ class VisionTransformer(nn.Module):
         for name, count in (("cls_token", class_token), ("dist_token", distilled), ("reg_token", registers)):
             self.register_parameter(name, nn.Parameter(torch.empty(1, int(count), dim)) if count else None)
         self.pos_embed = nn.Parameter(torch.empty(1, patches + self.num_prefix_tokens, dim))
-        self.blocks = nn.Sequential(*(Block(dim, architecture.heads) for _ in range(architecture.depth)))
+        self.blocks = nn.Sequential(*(Block(dim, architecture.heads, attention) for _ in range(architecture.depth)))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, architecture.classes)
         self.head_dist = nn.Linear(dim, architecture.classes) if distilled else None
-        self._initialise(torch.Generator().manual_seed(seed))
+        self._initialise(std, torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
+    def _initialise(self, std: float, generator: torch.Generator) -> None:
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                nn.init.trunc_normal_(parameter, std=std, generator=generator)
 
     def forward_features(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)

@@ -12,15 +12,12 @@ from effattn.bench import (
     asked,
     ceilings,
     cli,
-    cswin,
     memory,
-    merged_vit,
     overhead,
     photographs,
     report,
     runner,
     toeplitz_peers,
-    vit,
 )
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
 
@@ -265,32 +262,6 @@ def test_an_operator_out_of_its_budget_is_seen(factor):
         e for e in accuracy.measure("reference", dtypes=[torch.float32], problems=[problem]) if e.tensor == "output"
     )
     assert output.used > 1
-
-
-def test_the_two_backbones_of_cswin_share_weights_and_agree():
-    models = cswin.models(cswin.Architecture(width=16, depths=(1, 1, 1, 1), classes=10))
-    names = list(models[OURS].state_dict())
-    assert names == list(models["eager"].state_dict())
-    published = (
-        "stage1_conv_embed.2.bias",
-        "stage1.0.attns.1.get_v.weight",
-        "stage4.0.mlp.fc2.bias",
-        "merge3.norm.bias",
-    )
-    assert set(published) <= set(names)
-    assert "stage4.0.attns.1.get_v.weight" not in names
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(models[OURS](images), models["eager"](images), rtol=1e-4, atol=1e-4)
-
-
-def test_the_merged_vit_computes_what_the_published_algorithm_does():
-    models = merged_vit.models(vit.TINY, num_merged=5)
-    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs = {name: model(images) for name, model in models.items()}
-    torch.testing.assert_close(outputs[OURS], outputs[merged_vit.PUBLISHED], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(outputs[OURS], outputs[merged_vit.WHOLE], rtol=1e-3)
 
 
 def test_overhead_is_measured_of_every_operator():
