@@ -32,6 +32,7 @@ class Model(NamedTuple):
     exact: bool = True  # whether OURS and EAGER differ by rounding only
     batch: int = 8
     pixels: int = 224
+    parameters: float | None = None  # of the published size, in millions, as the source gives them; None: it does not
 
 
 @functools.cache

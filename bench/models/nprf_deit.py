@@ -59,4 +59,8 @@ def _build(form: str, size: str) -> VisionTransformer:
     return model
 
 
-MODELS = (Model("NPRF-DeiT-B", "arXiv 2106.12566, section 4", _build, (DENSE,), batch=2),)
+MODELS = (
+    Model(
+        "NPRF-DeiT-B", "arXiv 2106.12566; DeiT-B, arXiv 2012.12877, table 1", _build, (DENSE,), batch=2, parameters=86.0
+    ),
+)

@@ -153,13 +153,8 @@ class Stem(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        layers = []
-        for inputs, outputs, stride in (
-            (3, width // 2, 2),
-            (width // 2,) * 2 + (1,),
-            (width // 2, width, 2),
-            (width, width, 1),
-        ):
+        half, layers = width // 2, []
+        for inputs, outputs, stride in ((3, half, 2), (half, half, 1), (half, width, 2), (width, width, 1)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
@@ -186,11 +181,11 @@ class RMT(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def _model(name: str) -> Model:
+def _model(name: str, parameters: float) -> Model:
     def build(form: str, size: str) -> RMT:
         return RMT(SIZES[name, size], {OURS: ManhattanAttention, EAGER: EagerAttention}[form])
 
-    return Model(name, "arXiv 2309.11523, RMT.py of qhfan/RMT", build)
+    return Model(name, "arXiv 2309.11523, RMT.py and README of qhfan/RMT", build, parameters=parameters)
 
 
-MODELS = (_model("RMT-T3"), _model("RMT-S"))
+MODELS = (_model("RMT-T3", 14.0), _model("RMT-S", 27.0))

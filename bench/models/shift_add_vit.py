@@ -86,7 +86,8 @@ class EagerMixture(MixtureOfPrimitives):
     Without its detour: it combines through exp and log.
     """
 
-    def _dispatch(self, tokens: Tensor, gate: Tensor, choice: Tensor) -> Tensor:
+    def _dispatch(self, tokens: Tensor, gate: Tensor | None, choice: Tensor) -> Tensor:
+        gate = tokens.new_ones(len(tokens)) if gate is None else gate
         gates = torch.zeros(len(tokens), 2, dtype=gate.dtype).scatter(1, choice[:, None], gate[:, None])
         sorted_experts, order = gates.nonzero().sort(0)
         index = gates.nonzero()[order[:, 1], 0]
