@@ -165,8 +165,25 @@ def quantize_power_of_two(weight: Tensor, *, bits: int = 4, scale: str = "none")
     _check_bits(op, bits)
     if scale not in SCALES:
         raise ValueError(f"{op}: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    codes, factors = encode(weight, bits, scale == "channel")
+    if weight.dtype == torch.float32 and scale == "none":
+        codes, factors = _encode_bits(weight.detach(), bits), None
+    else:
+        codes, factors = encode(weight, bits, scale == "channel")
     return PackedShiftWeight(codes, factors, bits, weight.shape[1])
+
+
+def _encode_bits(weight: Tensor, bits: int) -> Tensor:
+    """What ``encode`` gives, from the bits of float32: the exponent, one more from sqrt(2) of it on."""
+    negative = (weight < 0).int()
+    magnitude = (weight.view(torch.int32) & 0x7FFFFFFF).clamp_(max=0x7F800000)  # NaN counts as infinity
+    lowest = 2 - 2 ** (bits - 1)
+    exponent = magnitude.add_(0x4AFB0C).bitwise_right_shift_(23).sub_(127).clamp_(lowest, 0)
+    if bits > NIBBLE_BITS:
+        codes = (exponent.add_(15).bitwise_left_shift_(2) | (negative << 7)).to(torch.uint8)
+        return codes.masked_fill_(weight == 0, 0)
+    codes = (exponent.add_(7) | (negative << 3)).to(torch.uint8).masked_fill_(weight == 0, 0)
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def _linear_arguments(input, weight, bias=None):

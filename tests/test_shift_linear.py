@@ -18,6 +18,7 @@ from linear_like import KERNELS, assert_close_enough, layouts_of, same_bits
 import effattn
 from effattn import PackedShiftWeight, quantize_power_of_two, shift_linear
 from effattn.ops.shift_linear import shift_linear_ste
+from effattn.reference.shift_add import encode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4, 5)
@@ -456,3 +457,11 @@ def test_explain_says_how_many_rows_pay(dtype, capsys):
     effattn.explain(shift_linear, x, packed, bias)
     measured = dtype in (torch.float32, torch.bfloat16)
     assert ("3 rows: faster than a dense layer" in capsys.readouterr().out) == measured
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_codes_made_from_the_bits_of_float32_are_those_of_the_formula(bits):
+    around = (torch.arange(-50, 50) + 0x3FB504F3).int().view(torch.float32)  # the square root of 2
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, math.inf, -math.inf, math.nan, -0.7])
+    weight = torch.cat((around, -around / 16, torch.randn(391), special)).view(-1, 6)
+    assert torch.equal(effattn.quantize_power_of_two(weight, bits=bits).codes, encode(weight, bits, False)[0])

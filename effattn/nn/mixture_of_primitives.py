@@ -133,8 +133,13 @@ class MixtureOfPrimitives(nn.Module):
         clean = _at_least_float32(self.router(tokens))
         deviation = self._deviation(tokens) if self.training else None
         noisy = clean if deviation is None else clean + deviation * torch.randn_like(clean)
-        gate, choice = noisy.softmax(-1).max(-1)
-        if self.gate == "straight_through":
+        ahead = noisy[:, 1] - noisy[:, 0]
+        choice = (ahead > 0).long()
+        gate = None  # 1
+        if self.gate == "probability":
+            gate = ahead.abs().sigmoid()
+        elif torch.is_grad_enabled():
+            gate = ahead.abs().sigmoid()
             gate = 1 + gate - gate.detach()
         output = self._dispatch(tokens, gate, choice)
 
@@ -155,13 +160,16 @@ class MixtureOfPrimitives(nn.Module):
             return None
         return torch.full((), float(self.noise), device=tokens.device)
 
-    def _dispatch(self, tokens: Tensor, gate: Tensor, choice: Tensor) -> Tensor:
+    def _dispatch(self, tokens: Tensor, gate: Tensor | None, choice: Tensor) -> Tensor:
         order = choice.argsort(stable=True)
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        grouped = torch.empty_like(tokens).index_copy_(0, place, tokens)  # its gradient is a selection
         multiplied = int(len(choice) - choice.sum())
-        groups = tokens.index_select(0, order).tensor_split([multiplied])
+        groups = grouped.split([multiplied, len(order) - multiplied])
         grouped = torch.cat([expert(group) for expert, group in zip(self.experts, groups)])
-        grouped = grouped * gate.index_select(0, order).unsqueeze(-1).to(grouped.dtype)
-        return torch.empty_like(grouped).index_copy(0, order, grouped)
+        if gate is not None:
+            grouped = grouped * gate.index_select(0, order).unsqueeze(-1).to(grouped.dtype)
+        return torch.empty_like(grouped).index_copy_(0, order, grouped)
 
     def _balance(self, clean: Tensor, noisy: Tensor, deviation: Tensor | None, counts: Tensor) -> Tensor:
         importance = clean.softmax(-1).sum(0)

@@ -349,8 +349,11 @@ def rotate_xpos(x: Tensor, *, offset: int = 0, base: float = 10000.0) -> Tensor:
     if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return reference.rotate_xpos(x, offset, base)
     rotation = _rotation(x.shape[-2], x.shape[-1], offset, float(base), x.device)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())  # one pass over x
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * rotation  # one pass over x, which keeps its layout
+    return torch.view_as_real(turned).flatten(-2)
 
 
 @functools.lru_cache(maxsize=4)
