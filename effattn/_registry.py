@@ -100,9 +100,11 @@ def choose(op: str, requested: str, problem: Problem, notes: Callable[[str], Seq
     ``notes``: what ``explain`` adds about the chosen backend, a line each.
 
     Raises:
-        ValueError: ``requested`` is no backend's name.
+        TypeError, ValueError: ``requested`` is no backend's name.
         NotImplementedError: ``requested`` is one backend and cannot serve this call. It is never replaced by another.
     """
+    if not isinstance(requested, str):
+        raise TypeError(f"{op}: backend must be a str, got {requested!r}")
     if requested == "auto":
         requested = os.environ.get("EFFATTN_BACKEND") or "auto"
     if _explaining.active:
@@ -199,6 +201,8 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
         >>> why.backend in ("cpu", "reference")
         True
     """
+    if not callable(fn):
+        raise TypeError(f"explain: fn must be callable, got {type(fn).__name__}")
     _explaining.active = True
     try:
         fn(*args, **kwargs)

@@ -71,7 +71,7 @@ def size_weighted_attention(
     _check_inputs(op, query, key, value)
     flat = flat_sizes(op, sizes, query, (query.shape[0], key.shape[2]), "query")
     scale = _checks.scale_or_default(op, scale, query.shape[3])
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, Problem(query.device.type, query.dtype, query.shape[3], dropout_p))
     if backend == "reference":
