@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
-
 from conformance.cases import CASES, Case, Shape
 
 from .subject import Subject, defaults, extent
 
+SHAPES = {"retention": ("value",), "kernelized_rpe_attention": ("projection",), "size_weighted_attention": ("query",)}
 HEAD_DIMS = (1, 2, 3, 5, 8, 15, 16, 17)
 
 
@@ -41,10 +41,10 @@ def from_case(case: Case) -> Subject:
         differentiable=case.differentiable,
         in_float32=case.in_float32,
         values=("log_decay",),
+        shapes=SHAPES.get(case.op, ()),
         discontinuous=bool(straight),
+        selects=bool(straight),  # a NaN compares as not above the threshold
     )
-
-
 
 
 SUBJECTS = [

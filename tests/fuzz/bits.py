@@ -46,7 +46,13 @@ def _binary(rng: random.Random) -> dict:
 
 
 def _hamming(rng: random.Random) -> dict:
-    batch, heads, queries, keys, length = extent(rng, 2), extent(rng, 3), extent(rng, 6), extent(rng, 6), rng.choice(LENGTHS)
+    batch, heads, queries, keys, length = (
+        extent(rng, 2),
+        extent(rng, 3),
+        extent(rng, 6),
+        extent(rng, 6),
+        rng.choice(LENGTHS),
+    )
     return {
         "query_bits": _bits(rng, batch, heads, queries, length),
         "key_bits": _bits(rng, batch, heads, keys, length),
@@ -89,15 +95,32 @@ def _packed(rng: random.Random) -> dict:
     return {"codes": weight.codes, "scale": weight.scale, "bits": bits, "columns": columns, "dtype": torch.float32}
 
 
-def _unpack(**arguments):
-    return effattn.PackedShiftWeight(**arguments).dequantize()
+def _unpack(scale, **arguments):
+    if isinstance(scale, torch.Tensor) and scale.dtype == torch.float64:
+        scale = scale.float()  # the reference in float64
+    return effattn.PackedShiftWeight(scale=scale, **arguments).dequantize()
 
 
 SUBJECTS = [
     Subject("pack_signs", effattn.pack_signs, _pack, shapes=("x",), discontinuous=True),
-    Subject("add_matmul", effattn.add_matmul, _add, differentiable=("dense",), weight=2),
-    Subject("binary_matmul", effattn.binary_matmul, _binary),
-    Subject("hamming_attention", effattn.hamming_attention, _hamming, differentiable=("value",), weight=2),
+    Subject(
+        "add_matmul",
+        effattn.add_matmul,
+        _add,
+        differentiable=("dense",),
+        shapes=("packed", "dense"),
+        selects=True,
+        weight=2,
+    ),
+    Subject("binary_matmul", effattn.binary_matmul, _binary, shapes=("left", "right")),
+    Subject(
+        "hamming_attention",
+        effattn.hamming_attention,
+        _hamming,
+        differentiable=("value",),
+        shapes=("query_bits", "value"),
+        weight=2,
+    ),
     Subject(
         "quantize_power_of_two",
         _quantise,
@@ -105,8 +128,24 @@ SUBJECTS = [
         shapes=("weight",),
         discontinuous=True,
     ),
-    Subject("shift_linear", effattn.shift_linear, _linear, differentiable=("input", "bias"), discontinuous=True, weight=3),
     Subject(
-        "PackedShiftWeight", _unpack, _packed, in_float32=("scale",), any_dtype=False, shapes=("codes",), sizes=("columns",)
+        "shift_linear",
+        effattn.shift_linear,
+        _linear,
+        differentiable=("input", "bias"),
+        shapes=("input",),
+        discontinuous=True,
+        selects=True,
+        weight=3,
+    ),
+    Subject(
+        "PackedShiftWeight",
+        _unpack,
+        _packed,
+        in_float32=("scale",),
+        any_dtype=False,
+        shapes=("codes",),
+        sizes=("columns",),
+        values=("codes", "scale"),
     ),
 ]

@@ -20,7 +20,9 @@ def _sdpa(rng: random.Random) -> dict:
     key_size = batch, 2 if grouped else heads, keys, width
     mask = None
     if rng.random() < 0.4:
-        mask = normal(rng, *rng.choice([(queries, keys), (1, keys), (batch, 1, queries, keys), (batch, heads, queries, keys)]))
+        mask = normal(
+            rng, *rng.choice([(queries, keys), (1, keys), (batch, 1, queries, keys), (batch, heads, queries, keys)])
+        )
         mask = mask > 0 if rng.random() < 0.5 else mask
     return {
         "query": normal(rng, batch, heads, queries, width),
@@ -99,7 +101,12 @@ def _rmt(rng: random.Random) -> dict:
 
 def _directions(rng: random.Random) -> dict:
     generator = torch.Generator().manual_seed(1)
-    return {"num_features": rng.randint(1, 9), "head_dim": rng.randint(1, 5), "orthogonal": True, "generator": generator}
+    return {
+        "num_features": rng.randint(1, 9),
+        "head_dim": rng.randint(1, 5),
+        "orthogonal": True,
+        "generator": generator,
+    }
 
 
 QKV = ("query", "key", "value")
@@ -110,7 +117,9 @@ SUBJECTS = [
         effattn.scaled_dot_product_attention,
         _sdpa,
         differentiable=QKV,
-        also_raises=(RuntimeError,),
+        shapes=("query", "key", "value"),
+        also_raises=(RuntimeError, ValueError, IndexError),
+        lenient=lambda arguments: True,
         also_named=("mask", "heads"),
         weight=3,
     ),
@@ -120,6 +129,7 @@ SUBJECTS = [
         _features,
         differentiable=("query_features", "key_features", "value", "rpe_bias"),
         in_float32=("rpe_bias",),
+        shapes=("value",),
         also_named=("query", "key"),
         weight=3,
     ),
@@ -129,6 +139,7 @@ SUBJECTS = [
         _step,
         differentiable=(*QKV, "log_decay", "state"),
         in_float32=("state", "log_decay"),
+        shapes=("value",),
         values=("log_decay",),
         weight=3,
     ),
@@ -138,10 +149,12 @@ SUBJECTS = [
         _packed,
         differentiable=(*QKV, "log_decay"),
         in_float32=("log_decay",),
+        shapes=("value",),
         values=("log_decay", "cu_seqlens"),
+        on_meta=False,
         weight=3,
     ),
-    Subject("rotate_xpos", effattn.rotate_xpos, _rotated, differentiable=("x",), shapes=("x",), sizes=()),
+    Subject("rotate_xpos", effattn.rotate_xpos, _rotated, differentiable=("x",), shapes=("x",)),
     Subject("retnet_log_decay", effattn.retnet_log_decay, _log_decay, sizes=("num_heads",), weight=0.5),
     Subject("rmt_log_decay", effattn.rmt_log_decay, _rmt, sizes=("num_heads",), weight=0.5),
     Subject(

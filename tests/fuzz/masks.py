@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import torch
 import torch.nn.functional as F
-
-import effattn
 from conformance.cases import CASES, Case, Shape
 
-from .attention import shape_of
+import effattn
+
+from .attention import SHAPES, shape_of
 from .subject import Subject, defaults
 
 MASKS = {
@@ -30,12 +31,14 @@ OUTER = {"dropout_p": 0.0, "scale": None, "is_causal_call": False, "enable_gqa":
 def _subject(case: Case) -> Subject:
     mask = MASKS[case.op]
     optional = defaults(mask.__init__)
+    positional = list(inspect.signature(mask).parameters)
 
     def sample(rng: random.Random) -> dict:
         shape = shape_of(rng, case)
         tensors = case.tensors(shape, dtype=torch.float64, seed=rng.getrandbits(32))
         options = {name: value for name, value in case.options(shape).items() if name != "scale"}
-        return {**OUTER, **optional, **tensors, **options}
+        absent = {name: None for name in positional if name not in optional}
+        return {**OUTER, **absent, **optional, **tensors, **options}
 
     def function(query, key, value, dropout_p, scale, is_causal_call, enable_gqa, backend=None, **arguments):
         structured = mask(**arguments)
@@ -51,8 +54,10 @@ def _subject(case: Case) -> Subject:
         differentiable=case.differentiable,
         in_float32=case.in_float32,
         values=("log_decay",),
+        shapes=SHAPES.get(case.op, ()),
         also_named=("is_causal", "attn_mask", "heads"),
         discontinuous=bool(case.straight_through),
+        selects=bool(case.straight_through),
     )
 
 
@@ -61,8 +66,6 @@ def _fits(case: Case) -> bool:
     taken = defaults(MASKS[case.op].__init__).keys() | {"query", "key", "value", "scale"}
     positional = MASKS[case.op].__init__.__code__.co_varnames
     return all(name in taken or name in positional for name in (*tensors, *case.options(_ANY)))
-
-
 
 
 _ANY = Shape()

@@ -76,7 +76,6 @@ def _handmade(rng: random.Random) -> dict:
         "source": plan.source,
         "members": plan.members,
         "offsets": plan.offsets,
-        "sizes": plan.sizes,
         "padded": plan.padded,
         "x": normal(rng, *plan.source.shape, rng.choice(CHANNELS)),
         "mode": rng.choice(["mean", "sum", "max"]),
@@ -84,8 +83,8 @@ def _handmade(rng: random.Random) -> dict:
     }
 
 
-def _by_hand(source, members, offsets, sizes, padded, **arguments):
-    return effattn.TokenMerge(source, members, offsets, sizes, padded).merge(**arguments)
+def _by_hand(source, members, offsets, padded, **arguments):
+    return effattn.TokenMerge(source, members, offsets, None, padded).merge(**arguments)
 
 
 def _soft(rng: random.Random) -> dict:
@@ -125,7 +124,21 @@ def _bound(rng: random.Random) -> dict:
 
 
 def _subject(name: str, function, sample, differentiable, **options) -> Subject:
-    return Subject(name, function, sample, differentiable=differentiable, **options)
+    shapes = (
+        "x",
+        "tokens",
+        "logits",
+        "features",
+        "centroids",
+        "features_in",
+        "features_out",
+        "joint",
+        "offsets",
+        "metric",
+        "centroids_in",
+        "centroids_out",
+    )
+    return Subject(name, function, sample, differentiable=differentiable, shapes=shapes, **options)
 
 
 SUBJECTS = [
@@ -138,14 +151,14 @@ SUBJECTS = [
         discontinuous=True,
         weight=2,
     ),
-    _subject("TokenMerge.merge", _method("merge"), _merge, ("x",), also_named=("x",)),
+    _subject("TokenMerge.merge", _method("merge"), _merge, ("x",)),
     _subject(
         "TokenMerge.merge_weighted", _method("merge_weighted"), _merge_weighted, ("x", "sizes", "residual"), weight=2
     ),
     _subject("TokenMerge.unmerge", _method("unmerge"), _unmerge, ("x",)),
     _subject("TokenMerge", _by_hand, _handmade, ("x",), values=("source", "members", "offsets"), weight=2),
     _subject("soft_merge", effattn.soft_merge, _soft, ("tokens", "logits"), weight=2),
-    _subject("keep_tokens", effattn.keep_tokens, _kept, ("x",), values=("scores",), shapes=()),
+    _subject("keep_tokens", effattn.keep_tokens, _kept, ("x",), values=("scores",)),
     _subject("centroid_probabilities", effattn.centroid_probabilities, _probabilities, ("features", "centroids")),
     _subject(
         "information_bottleneck_bound",

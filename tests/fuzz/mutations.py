@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from fractions import Fraction
+from numbers import Number
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +38,31 @@ class Mutation(NamedTuple):
 def _junk(rng: random.Random) -> tuple[str, object]:
     value = rng.choice(
         [
-            *(None, "junk", b"bytes", [], [1.0], {}, (), object(), 1.5, 3, True, 1 + 2j, Ellipsis, int, [[1.0, 2.0]]),
-            *(np.ones((2, 2), np.float32), np.float32(1.0), np.int64(2), torch.Size((1, 2)), torch.float32, Fraction(1, 2)),
+            *(
+                None,
+                "junk",
+                b"bytes",
+                [],
+                [1.0],
+                {},
+                (),
+                object(),
+                1.5,
+                3,
+                True,
+                1 + 2j,
+                Ellipsis,
+                range(3),
+                [[1.0, 2.0]],
+            ),
+            *(
+                np.ones((2, 2), np.float32),
+                np.float32(1.0),
+                np.int64(2),
+                torch.Size((1, 2)),
+                torch.float32,
+                Fraction(1, 2),
+            ),
             *(torch.ones(2), torch.tensor(1.0), torch.tensor(1), torch.ones(2, dtype=torch.bool)),
         ]
     )
@@ -61,7 +84,15 @@ def _pair(rng: random.Random, value: tuple) -> tuple[str, object]:
         [
             *((second, first), [first, second], torch.Size(max(v, 0) for v in value), (first,), (first, second, 1)),
             *((first + 1, second), (first, 0), (0, 0), (-first, -second), (first, -1), (first, 1), (1, first * second)),
-            *((first, float(second)), (True, second), (first, None), (first, "2"), (first, 10**30), (2**62, 4), (2**63, 1)),
+            *(
+                (first, float(second)),
+                (True, second),
+                (first, None),
+                (first, "2"),
+                (first, 10**30),
+                (2**62, 4),
+                (2**63, 1),
+            ),
             *((2**32, 2**32), (first, float("nan")), (np.int64(first), np.int32(second)), np.array(value), first),
             *(f"{first}x{second}", (first, 2**31), (2**31, second), torch.tensor(value)),
         ]
@@ -141,12 +172,23 @@ def _spoiled(rng: random.Random, tensor: Tensor) -> tuple[str, Tensor, str]:
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
     flat, count = tensor.view(-1), rng.choice([1, 2, tensor.numel()])
     if not tensor.is_floating_point():
-        value = rng.choice([0, 1, 2**31 - 1, 2**15] if tensor.dtype in (torch.uint8, torch.uint32) else [0, -1, 99, -(2**31)])
+        value = rng.choice(
+            [0, 1, 2**31 - 1, 2**15] if tensor.dtype in (torch.uint8, torch.uint32) else [0, -1, 99, -(2**31)]
+        )
         value = value % 256 if tensor.dtype == torch.uint8 else value
     else:
         info = torch.finfo(tensor.dtype)
         value = rng.choice(
-            [float("nan"), float("inf"), -float("inf"), info.smallest_normal / 4, info.max, -info.max, info.max**0.5, 0.0]
+            [
+                float("nan"),
+                float("inf"),
+                -float("inf"),
+                info.smallest_normal / 4,
+                info.max,
+                -info.max,
+                info.max**0.5,
+                0.0,
+            ]
         )
     for place in rng.sample(range(tensor.numel()), min(count, tensor.numel(), 8)):
         flat[place] = value
@@ -168,7 +210,7 @@ def _tensor(rng: random.Random, tensor: Tensor, far: bool) -> tuple[str, object,
         return "on meta", tensor.to("meta"), OTHER
     if choice < 0.93 and tensor.dtype == torch.float32:
         return "quantised", torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), OTHER
-    if choice < 0.94 and tensor.dim():
+    if choice < 0.94 and tensor.dim() and tensor.dtype != torch.uint32:
         return "sparse", tensor.to_sparse(), OTHER
     if choice < 0.95:
         return "a NumPy array", tensor.float().numpy(), JUNK
@@ -180,20 +222,30 @@ def _tensor(rng: random.Random, tensor: Tensor, far: bool) -> tuple[str, object,
 def mutate(rng: random.Random, subject, arguments: dict, name: str) -> Mutation:
     value = arguments[name]
     if name == "backend":
-        given = rng.choice(["cpu", "cpu", "reference", "reference", "tpu", "", "CPU", None, 3, ["cpu"], "torch", b"cpu"])
+        given = rng.choice(
+            ["cpu", "cpu", "reference", "reference", "tpu", "", "CPU", None, 3, ["cpu"], "torch", b"cpu"]
+        )
         return Mutation(name, repr(given), OTHER, given)
     if isinstance(value, Tensor) and type(value) is Tensor:
-        return Mutation(name, *_reordered(_tensor(rng, value, name not in subject.shapes)))
+        what, given, kind = _tensor(rng, value, name not in subject.shapes)
+        kind = VALUES if kind == BENIGN and name in subject.values else kind
+        return Mutation(name, what, OTHER if kind == JUNK and isinstance(given, Tensor) else kind, given)
     if rng.random() < 0.25 or value is None:
         what, given = _junk(rng)
-        return Mutation(name, what, JUNK, given)
+        alike = (isinstance(value, Number) and isinstance(given, (Number, Tensor))) or isinstance(given, type(value))
+        return Mutation(name, what, OTHER if alike or value is None else JUNK, given)
     if isinstance(value, bool):
         given = rng.choice([not value, int(value), "yes", torch.tensor(value), np.bool_(value), None])
         return Mutation(name, repr(given), OTHER, given)
     if isinstance(value, (int, float)):
         what, given = _number(rng, value, name in subject.sizes)
         return Mutation(name, what, OTHER, given)
-    if isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value) and name not in subject.sizes:
+    if (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(type(v) is int for v in value)
+        and name not in subject.sizes
+    ):
         what, given = _pair(rng, value)
         return Mutation(name, what, OTHER, given)
     if isinstance(value, str):
@@ -203,15 +255,7 @@ def mutate(rng: random.Random, subject, arguments: dict, name: str) -> Mutation:
     return Mutation(name, what, JUNK, given)
 
 
-def _reordered(found: tuple[str, object, str]) -> tuple[str, str, object]:
-    what, value, kind = found
-    return what, kind, value
-
-
 def draw(rng: random.Random, subject, arguments: dict) -> list[Mutation]:
     count = rng.choices([0, 1, 2, 3], [0.12, 0.5, 0.26, 0.12])[0]
     names = rng.sample(sorted(arguments), min(count, len(arguments)))
     return [mutate(rng, subject, arguments, name) for name in names]
-
-
-Sample = Callable[[random.Random], dict]

@@ -11,8 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+import effattn
+
 from . import mutations
-from .mutations import BENIGN, JUNK, VALUES, Mutation
+from .mutations import BENIGN, JUNK, OTHER, VALUES, Mutation
 from .subject import FLOATING, Subject
 
 ALLOWED = (ValueError, TypeError, NotImplementedError)
@@ -33,7 +35,7 @@ class Case:
             self.dtype = rng.choice([torch.float32, torch.float32, *FLOATING])
         self.valid = {name: self._cast(name, value) for name, value in arguments.items()}
         self.mutations: list[Mutation] = mutations.draw(rng, self.subject, self.valid)
-        self.on_meta = rng.random() < 0.03
+        self.on_meta = rng.random() < 0.03 and self.subject.on_meta
         self.backward = bool(self.subject.differentiable) and rng.random() < 0.3
         self.guarded = rng.random() < 0.1
 
@@ -46,14 +48,24 @@ class Case:
     def arguments(self) -> dict:
         given = {**self.valid, **{m.argument: m.value for m in self.mutations}}
         if self.on_meta:
-            given = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in given.items()}
+            given = {name: _to_meta(v) for name, v in given.items()}
         return given
 
     def __str__(self) -> str:
-        shown = {n: _shown(v) for n, v in self.arguments().items() if n in {m.argument for m in self.mutations} or v is not None}
+        shown = {
+            n: _shown(v)
+            for n, v in self.arguments().items()
+            if n in {m.argument for m in self.mutations} or v is not None
+        }
         done = "; ".join(map(str, self.mutations)) or "nothing"
         flags = [name for name in ("on_meta", "backward", "guarded") if getattr(self, name)]
         return f"case {self.seed} of {self.subject}({', '.join(f'{n}={v}' for n, v in shown.items())}) {flags}, changed: {done}"
+
+
+def _to_meta(value):
+    if isinstance(value, (Tensor, effattn.TokenMerge)) and not getattr(value, "is_quantized", False):
+        return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), value)
+    return value
 
 
 def _shown(value) -> str:
@@ -102,17 +114,18 @@ def _run(case: Case) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = _call(case, arguments)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is judged
         _check_refusal(case, error)
         return "refused"
     for name, before in untouched.items():
-        if not (name in ("state",) and arguments.get("inplace")):
-            assert _same_bits(arguments[name], before), f"{subject.name} wrote to its argument {name}"
+        assert _same_bits(arguments[name], before), f"{subject.name} wrote to its argument {name}"
     _check_answer(case, arguments, result)
     return "answered"
 
 
 def _call(case: Case, arguments: dict):
+    if arguments.get("inplace") is True:
+        arguments = {n: v.clone() if _is_plain(v) else v for n, v in arguments.items()}
     if case.backward:
         arguments = {n: _leaf(v) if n in case.subject.differentiable else v for n, v in arguments.items()}
     result = case.subject.function(**arguments)
@@ -121,7 +134,9 @@ def _call(case: Case, arguments: dict):
         outputs = [t for t in tensors_of(result) if t.requires_grad]
         inputs = {n: v for n, v in arguments.items() if n in case.subject.differentiable and _needs_gradient(v)}
         if outputs and inputs:
-            found = torch.autograd.grad(outputs, list(inputs.values()), [_upstream(t) for t in outputs], allow_unused=True)
+            found = torch.autograd.grad(
+                outputs, list(inputs.values()), [_upstream(t) for t in outputs], allow_unused=True
+            )
             gradients = dict(zip(inputs, found))
     return result, gradients
 
@@ -142,13 +157,16 @@ def _needs_gradient(value) -> bool:
 
 
 def _is_plain(value) -> bool:
-    return type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu" and value.numel() < 1e6
+    return (
+        type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu" and value.numel() < 1e6
+    )
 
 
 def _same_bits(now: Tensor, before: Tensor) -> bool:
     if now.is_quantized or not now.numel():
         return True
-    return torch.equal(now.detach().contiguous().view(-1).view(torch.uint8), before.contiguous().view(-1).view(torch.uint8))
+    now, before = (t.detach().clone(memory_format=torch.contiguous_format).view(-1) for t in (now, before))
+    return torch.equal(now.view(torch.uint8), before.view(torch.uint8))
 
 
 # ---- a refusal ----
@@ -196,6 +214,8 @@ def _reference(case: Case, arguments: dict, exact: bool):
         try:
             return _call(case, arguments)
         except Exception as error:
+            if isinstance(error, case.subject.also_raises):
+                return None
             raise AssertionError(
                 f"{case.subject.name} answered, but its reference{' in float64' if exact else ''} raised "
                 f"{type(error).__name__}: {str(error)[:300]}"
@@ -205,47 +225,77 @@ def _reference(case: Case, arguments: dict, exact: bool):
 def _check_answer(case: Case, arguments: dict, answer) -> None:
     subject = case.subject
     result, gradients = answer
-    if any(isinstance(v, Tensor) and v.device.type == "meta" for v in arguments.values()):
+    places = {v.device.type for v in tensors_of(list(arguments.values()))}
+    if "meta" in places:
+        assert places == {"meta"}, f"{subject.name} answered a call of tensors on {places}"
         _check_shapes(case, result)
         return
-    low, low_gradients = _reference(case, arguments, exact=False)
+    reference = _reference(case, arguments, exact=False)
+    if reference is None:  # the answer is torch's, who takes what the reference does not
+        return
+    low, low_gradients = reference
     ours, eager = tensors_of(result), tensors_of(low)
+    finite, moderate = _range(arguments)
+    if subject.lenient(arguments) and (not finite or any(m.kind == OTHER for m in case.mutations)):
+        return
     found = [(t.shape, t.dtype, t.device) for t in ours]
     wanted = [(t.shape, t.dtype, t.device) for t in eager]
     assert found == wanted, f"{subject.name} returned {found}, not {wanted}"
     if subject.random(arguments):
         return
     exact, exact_gradients = _reference(case, arguments, exact=True)
-    finite, moderate = _range(arguments)
     pairs = [(f"result {i}", *three) for i, three in enumerate(zip(ours, eager, tensors_of(exact)))]
     for name, gradient in gradients.items():
         three = gradient, low_gradients.get(name), exact_gradients.get(name)
-        assert (three[0] is None) == (three[1] is None), f"{subject.name}: gradient of {name} is {three[0]}, not {three[1]}"
+        if three[1] is None and three[0] is not None and not three[0].any():
+            continue  # of a result that does not depend on it
+        assert (three[0] is None) == (three[1] is None), (
+            f"{subject.name}: gradient of {name} is {three[0]}, not {three[1]}"
+        )
         if three[0] is not None:
-            assert three[0].shape == arguments[name].shape, f"{subject.name}: gradient of {name} has shape {three[0].shape}"
+            assert three[0].shape == arguments[name].shape, (
+                f"{subject.name}: gradient of {name} has shape {three[0].shape}"
+            )
             assert three[0].dtype == arguments[name].dtype, f"{subject.name}: gradient of {name} is {three[0].dtype}"
             pairs.append((f"gradient of {name}", *three))
     for what, one, two, three in pairs:
         if not one.is_floating_point():
             if not subject.discontinuous and finite:
-                assert torch.equal(one.to(two.dtype), two), f"{subject.name}: {what} differs from the reference's"
+                assert _equal(one, two), f"{subject.name}: {what} differs from the reference's"
             continue
         _compare(case, what, one.detach(), two.detach(), three.detach(), arguments, finite, moderate)
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    if one.is_complex():
+        one, two = one.to(torch.complex128), two.to(torch.complex128)
+    return torch.equal(one, two)
 
 
 def _compare(case, what, ours, low, exact, arguments, finite: bool, moderate: bool) -> None:
     name = case.subject.name
     ours, low, exact = ours.double(), low.double(), exact.double()
     known = low.isfinite() & exact.isfinite()
-    wrong = ours.isnan() & known
-    assert not wrong.any() or not moderate and finite, f"{name}: {what} is NaN in {int(wrong.sum())} places where the reference is not"
+    wrong = ~ours.isfinite() & known
+    if not finite and what.startswith("gradient"):
+        return  # infinities cancel in another place than in autograd's formula
+    told = f"{name}: {what} is {ours[wrong].flatten()[:1].tolist()} in {int(wrong.sum())} places where the reference is not"
+    assert not wrong.any() or not moderate, told
     if not finite:
-        lost = ~(ours.isfinite() | ours.isnan() & ~known) & known
-        assert not lost.any(), f"{name}: {what} is infinite where the reference is not"
-        swallowed = exact.isnan() & low.isnan() & ours.isfinite()
-        assert not swallowed.any(), f"{name}: {what} is finite in {int(swallowed.sum())} places where the reference is NaN"
+        causal = arguments.get("is_causal") is True  # what no query sees is not looked at
+        nans = any(t.isnan().any() for t in tensors_of(list(arguments.values())) if t.is_floating_point())
+        if case.subject.selects or causal or not moderate or not nans:  # a row of nothing but -inf gives 0
+            return
+        swallowed = exact.isnan() & low.isnan() & ours.isfinite() & (ours != 0)
+        assert not swallowed.any(), (
+            f"{name}: {what} is finite in {int(swallowed.sum())} places where the reference is NaN"
+        )
         return
-    if not moderate or not ours.numel() or case.subject.discontinuous and case.dtype in (torch.bfloat16, torch.float16):
+    if (
+        not moderate
+        or not ours.numel()
+        or (case.subject.discontinuous and case.dtype in (torch.bfloat16, torch.float16))
+    ):
         return
     error = (ours - exact)[known].abs()
     if not error.numel():
@@ -255,7 +305,7 @@ def _compare(case, what, ours, low, exact, arguments, finite: bool, moderate: bo
     terms = 1.0
     for value in arguments.values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            terms *= max(value.detach().abs().double().masked_fill(~value.isfinite(), 0.0).max().item(), 1.0)
+            terms *= max(value.detach().double().abs().max().item(), 1.0)
     budget = ROUNDINGS * (eps * largest + (1e-15 if case.dtype == torch.float64 else 2e-7) * terms)
     if error.max().item() <= budget:
         return
@@ -270,23 +320,23 @@ def _range(arguments: dict) -> tuple[bool, bool]:
     finite = moderate = True
     for value in tensors_of(list(arguments.values())):
         if value.is_floating_point() and value.numel() and value.layout == torch.strided:
-            largest = value.detach().double().abs().max().item()
-            finite &= largest < float("inf")
-            moderate &= largest <= MODERATE
+            value = value.detach().double().abs()
+            finite &= value.max().item() < float("inf")
+            moderate &= value.nan_to_num(0.0, 0.0, 0.0).max().item() <= MODERATE
     for value in arguments.values():
         if isinstance(value, (int, float)):
             moderate &= -MODERATE <= value <= MODERATE and not 0 < abs(value) < 1e-20
-    return finite, finite and moderate
+    return finite, moderate
 
 
 def _check_shapes(case: Case, result) -> None:
     """A call on the meta device says what the same call would return."""
     if not case.on_meta:
-        raise AssertionError(f"{case.subject.name} answered a call with one argument on meta")
+        return
     case.on_meta = False
     try:
         real, _ = _call(case, case.arguments())
-    except ALLOWED:
+    except (*ALLOWED, *case.subject.also_raises):
         return  # for its values
     finally:
         case.on_meta = True

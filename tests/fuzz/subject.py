@@ -30,6 +30,9 @@ class Subject:
         also_named: further words by which a message may name what is wrong.
         also_raises: exceptions that the documentation allows beside ValueError, TypeError and NotImplementedError.
         discontinuous: whether rounding of the arguments may change the result as a whole.
+        selects: whether a sum leaves out what the formula multiplies by 0, so that a NaN there is not seen.
+        on_meta: whether a call of nothing but meta tensors is valid.
+        lenient: arguments -> whether the answer is torch's own, whose care of NaN and of odd shapes is not ours.
         random: arguments -> whether the result is drawn, so that it cannot be compared.
     """
 
@@ -45,6 +48,9 @@ class Subject:
     also_named: tuple[str, ...] = ()
     also_raises: tuple[type, ...] = ()
     discontinuous: bool = False
+    selects: bool = False
+    on_meta: bool = True
+    lenient: Callable[[dict], bool] = field(default=lambda arguments: False)
     random: Callable[[dict], bool] = field(default=lambda arguments: bool(arguments.get("dropout_p")))
     weight: float = 1.0
 
