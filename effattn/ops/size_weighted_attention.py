@@ -86,7 +86,10 @@ def size_weighted_attention(
 def _check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """As ``_checks.attention_inputs``, but keys may be another number of tokens."""
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-    if not tensors or query.shape == key.shape == value.shape or not query.dim() == key.dim() == 4:
+    if not tensors:
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            _checks.strided(op, name, given)
+    if query.shape == key.shape == value.shape or not query.dim() == key.dim() == 4:
         return _checks.attention_inputs(op, query, key, value)
     _checks.floating(op, "query", query)
     like = query if key.shape[2] == query.shape[2] else key

@@ -43,7 +43,7 @@ def from_case(case: Case) -> Subject:
         values=("log_decay",),
         shapes=SHAPES.get(case.op, ()),
         discontinuous=bool(straight),
-        selects=bool(straight),  # a NaN compares as not above the threshold
+        selects=bool(straight) or case.op == "kernelized_rpe_attention",  # a NaN compares as not above the threshold
     )
 
 

@@ -57,7 +57,7 @@ def _subject(case: Case) -> Subject:
         shapes=SHAPES.get(case.op, ()),
         also_named=("is_causal", "attn_mask", "heads"),
         discontinuous=bool(case.straight_through),
-        selects=bool(case.straight_through),
+        selects=bool(case.straight_through) or case.op == "kernelized_rpe_attention",
     )
 
 

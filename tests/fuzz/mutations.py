@@ -233,7 +233,7 @@ def mutate(rng: random.Random, subject, arguments: dict, name: str) -> Mutation:
     if rng.random() < 0.25 or value is None:
         what, given = _junk(rng)
         alike = (isinstance(value, Number) and isinstance(given, (Number, Tensor))) or isinstance(given, type(value))
-        return Mutation(name, what, OTHER if alike or value is None else JUNK, given)
+        return Mutation(name, what, OTHER if alike or value is None or given is None else JUNK, given)
     if isinstance(value, bool):
         given = rng.choice([not value, int(value), "yes", torch.tensor(value), np.bool_(value), None])
         return Mutation(name, repr(given), OTHER, given)

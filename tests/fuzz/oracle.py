@@ -200,7 +200,7 @@ def tensors_of(result) -> list[Tensor]:
 
 
 def _in_double(value):
-    if type(value) in (Tensor, torch.nn.Parameter) and value.is_floating_point():
+    if type(value) in (Tensor, torch.nn.Parameter) and value.is_floating_point() and value.numel() < 1e6:
         return value.detach().double()
     return value
 
@@ -227,7 +227,9 @@ def _check_answer(case: Case, arguments: dict, answer) -> None:
     result, gradients = answer
     places = {v.device.type for v in tensors_of(list(arguments.values()))}
     if "meta" in places:
-        assert places == {"meta"}, f"{subject.name} answered a call of tensors on {places}"
+        assert places == {"meta"} or subject.lenient(arguments), (
+            f"{subject.name} answered a call of tensors on {places}"
+        )
         _check_shapes(case, result)
         return
     reference = _reference(case, arguments, exact=False)

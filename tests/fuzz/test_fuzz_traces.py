@@ -15,8 +15,8 @@ SUBJECTS = [subject for group in SHARES for subject in importlib.import_module(f
 
 @pytest.mark.slow
 def test_kernels_write_only_to_what_they_allocate():
-    outcomes = guarded([s for s in SUBJECTS if s.differentiable], 1500)
-    assert outcomes["watched"] > 400
+    outcomes = guarded([s for s in SUBJECTS if s.differentiable], 1000)
+    assert outcomes["watched"] > 80
 
 
 @pytest.mark.slow
@@ -38,20 +38,20 @@ def test_every_public_callable_is_fuzzed():
 
 
 def _case(function, value: torch.Tensor) -> oracle.Case:
-    subject = Subject("broken", function, lambda rng: {"x": value}, any_dtype=False)
+    subject = Subject("broken", function, lambda rng: {"x": value, "backend": "auto"}, any_dtype=False)
     case = oracle.Case([subject], 0)
     case.mutations, case.on_meta = [], False
     return case
 
 
 def _raises(error):
-    def function(x):
+    def function(x, backend):
         raise error
 
     return function
 
 
-def _in_place(x):
+def _in_place(x, backend):
     x[0] = 5.0
     return x.clone()
 
@@ -63,8 +63,9 @@ def _in_place(x):
         (_raises(ValueError("something is bad")), "names no argument"),
         (_raises(ValueError("broken: x is bad")), "but the call is valid"),
         (_in_place, "wrote to its argument x"),
-        (lambda x: x / (0.0 if x.dtype == torch.float32 else 1.0), "places where the reference is not|is off by"),
-        (lambda x: x * (1.001 if x.dtype == torch.float32 else 1.0), "is off by"),
+        (lambda x, backend: x / (1.0 if backend == "reference" else 0.0), "places where the reference is not"),
+        (lambda x, backend: x * (1.0 if backend == "reference" else 1.001), "is off by"),
+        (lambda x, backend: x[: 3 if backend == "reference" else 2], "returned"),
     ],
 )
 def test_oracle_finds_what_is_wrong(function, message):
