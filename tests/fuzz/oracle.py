@@ -238,7 +238,8 @@ def _check_answer(case: Case, arguments: dict, answer) -> None:
     low, low_gradients = reference
     ours, eager = tensors_of(result), tensors_of(low)
     finite, moderate = _range(arguments)
-    if subject.lenient(arguments) and (not finite or any(m.kind == OTHER for m in case.mutations)):
+    changed = any(m.kind == OTHER or arguments.get("backend") != "cpu" for m in case.mutations)
+    if subject.lenient(arguments) and (changed or not finite):  # torch leaves memory unwritten where a query overlaps
         return
     found = [(t.shape, t.dtype, t.device) for t in ours]
     wanted = [(t.shape, t.dtype, t.device) for t in eager]
