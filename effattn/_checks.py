@@ -7,6 +7,10 @@ import numbers
 import torch
 from torch import Tensor
 
+FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+REAL = FLOATING | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool}
+LARGEST_INTEGER = 2**31 - 1  # no extent, count or position is larger; products of two of them fit 64 bits
+
 
 def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Require three (B, H, N, D) floating-point tensors of one shape, dtype and device."""
@@ -18,22 +22,21 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
         and shape[3] >= 1
         and key.shape == shape
         and value.shape == shape
-        and query.is_floating_point()
-        and key.dtype == (dtype := query.dtype)
+        and (dtype := query.dtype) in FLOATING
+        and key.dtype == dtype
         and value.dtype == dtype
+        and query.layout == key.layout == value.layout == torch.strided
         and key.device == (device := query.device)
         and value.device == device
     ):
         return
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        strided(op, name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{op}: {name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        floating(op, name, tensor)
         if tensor.dtype != query.dtype:
             raise TypeError(f"{op}: {name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -43,11 +46,39 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
     raise ValueError(f"{op}: head_dim (last dimension of query) must be at least 1, got {query.shape[3]}")
 
 
-def floating(op: str, name: str, tensor) -> None:
+def real_tensor(op: str, name: str, tensor) -> None:
+    strided(op, name, tensor)
+    if tensor.dtype not in REAL:
+        raise TypeError(f"{op}: {name} must be real, got {tensor.dtype} (allowed: floating point, integers, bool)")
+
+
+def strided(op: str, name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) Tensor, got one of layout {tensor.layout}")
+
+
+def floating(op: str, name: str, tensor) -> None:
+    strided(op, name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be floating point, got {tensor.dtype} (allowed: float32, bfloat16, float16, float64)"
+        )
+
+
+def layer_input(op: str, name: str, tensor, layer: torch.nn.Module) -> None:
+    """Require what a stock ``nn.Linear`` or ``nn.LayerNorm`` can take; another layer in its place decides by itself."""
+    floating(op, name, tensor)
+    if type(layer) not in (torch.nn.Linear, torch.nn.LayerNorm):
+        return
+    weight = layer.weight
+    if tensor.device != weight.device:
+        raise ValueError(f"{op}: {name} must be on the module's device {weight.device}, got {tensor.device}")
+    if tensor.dtype != weight.dtype and not (
+        tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+    ):
+        raise TypeError(f"{op}: {name} must have the module's dtype {weight.dtype}, got {tensor.dtype}")
 
 
 def parameter(op: str, name: str, tensor: Tensor, query: Tensor, like: str = "query") -> None:
@@ -61,6 +92,13 @@ def integer(op: str, name: str, value, minimum: int) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+    if not isinstance(value, torch.SymInt) and value > LARGEST_INTEGER:
+        raise ValueError(f"{op}: {name} must be at most {LARGEST_INTEGER}, got {value}")
+
+
+def boolean(op: str, name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
 
 
 def pair_of_integers(op: str, name: str, value, minimum: int) -> tuple[int, int]:
@@ -71,8 +109,27 @@ def pair_of_integers(op: str, name: str, value, minimum: int) -> tuple[int, int]
     return value[0], value[1]
 
 
+def device(op: str, value) -> None:
+    """Require None or what torch.device understands."""
+    if value is None:
+        return
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{op}: device must be None, a torch.device or the name of one, got {value!r}") from None
+
+
+def module_options(op: str, given_device, dtype, **switches) -> None:
+    """The device and dtype of a module's parameters, and its options that are True or False."""
+    device(op, given_device)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATING):
+        raise TypeError(f"{op}: dtype must be None, float32, bfloat16, float16 or float64, got {dtype!r}")
+    for name, value in switches.items():
+        boolean(op, name, value)
+
+
 def one_of(op: str, name: str, value, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
@@ -88,32 +145,40 @@ def grid_of_tokens(op: str, grid: tuple[int, int], tokens: int, num_prefix_token
     return height, width
 
 
-def real(op: str, name: str, value) -> None:
-    if type(value) is not float and (
-        isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
-    ):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+def real(op: str, name: str, value):
+    """Require a finite number; returns it as a float (a traced one as it is)."""
+    if type(value) is not float:
+        if isinstance(value, (torch.SymFloat, torch.SymInt)):
+            return value
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be finite, got an integer above any float") from None
     if not float("-inf") < value < float("inf"):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return value
 
 
 def scale_or_default(op: str, scale, head_dim: int) -> float:
     if scale is None:
         return float(head_dim) ** -0.5
-    real(op, "scale", scale)
-    return float(scale)
+    return float(real(op, "scale", scale))
 
 
-def interval(op: str, name: str, value, low: float, high: float) -> None:
-    real(op, name, value)
+def interval(op: str, name: str, value, low: float, high: float):
+    value = real(op, name, value)
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
+    return value
 
 
-def probability(op: str, name: str, value) -> None:
-    real(op, name, value)
+def probability(op: str, name: str, value):
+    value = real(op, name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
+    return value
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

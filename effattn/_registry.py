@@ -201,6 +201,8 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
         >>> why.backend in ("cpu", "reference")
         True
     """
+    if not callable(fn):
+        raise TypeError(f"explain: fn must be callable, got {type(fn).__name__}")
     _explaining.active = True
     try:
         fn(*args, **kwargs)

@@ -90,6 +90,11 @@ def sequence_parallel_retention(
     _checks.one_of(op, "normalize", normalize, NORMALIZE)
     chunk_of(op, method, chunk_size, True, query.shape[2])
     scale = _checks.scale_or_default(op, scale, query.shape[3])
+    _checks.boolean(op, "return_state", return_state)
+    if not (group is None or isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER):
+        raise TypeError(f"{op}: group must be a process group or None, got {type(group).__name__}")
+    if query.is_meta:
+        raise NotImplementedError(f"{op}: query is on the meta device, and states cannot be sent from it")
     if dist.get_rank(group) < 0:
         raise ValueError(f"{op}: group must contain this rank, got {group}")
     normalized = normalize == "retnet"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from . import _checks
 from .reference.shift_add import NIBBLE_BITS, decode, encode
 
 SMALLEST_BITS, LARGEST_BITS = 2, 5
@@ -47,6 +48,8 @@ class PackedShiftWeight(Tensor):
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor | None, bits: int, columns: int, dtype: torch.dtype = torch.float32):
         _check(codes, scale, bits, columns)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"PackedShiftWeight: dtype must be floating point, got {dtype!r}")
         return Tensor._make_wrapper_subclass(cls, (codes.shape[0], columns), dtype=dtype, device=codes.device)
 
     def __init__(self, codes, scale, bits, columns, dtype=torch.float32):
@@ -158,13 +161,11 @@ def quantize_power_of_two(weight: Tensor, *, bits: int = 4, scale: str = "none")
         tensor([[3.0000, 0.7500]])
     """
     op = "quantize_power_of_two"
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"{op}: weight must be a floating-point Tensor, got {getattr(weight, 'dtype', type(weight))}")
+    _checks.floating(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
     _check_bits(op, bits)
-    if scale not in SCALES:
-        raise ValueError(f"{op}: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    _checks.one_of(op, "scale", scale, SCALES)
     if weight.dtype == torch.float32 and scale == "none":
         codes, factors = _encode_bits(weight.detach(), bits), None
     else:
@@ -204,14 +205,15 @@ def _check_bits(op: str, bits) -> None:
 def _check(codes, scale, bits, columns) -> None:
     op = "PackedShiftWeight"
     _check_bits(op, bits)
-    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+    _checks.integer(op, "columns", columns, 0)
+    if not isinstance(codes, Tensor) or codes.layout != torch.strided or codes.dtype != torch.uint8:
         raise TypeError(f"{op}: codes must be a uint8 Tensor, got {getattr(codes, 'dtype', type(codes))}")
     width = columns if bits > NIBBLE_BITS else (columns + 1) // 2
     if codes.dim() != 2 or codes.shape[1] != width or not codes.is_contiguous():
         raise ValueError(f"{op}: codes must be contiguous with shape (N, {width}), got {tuple(codes.shape)}")
     if scale is None:
         return
-    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+    if not isinstance(scale, Tensor) or scale.layout != torch.strided or scale.dtype != torch.float32:
         raise TypeError(f"{op}: scale must be a float32 Tensor or None, got {getattr(scale, 'dtype', type(scale))}")
     if scale.shape != codes.shape[:1] or scale.device != codes.device or not scale.is_contiguous():
         raise ValueError(f"{op}: scale must be contiguous with shape ({codes.shape[0]},) on codes' device")

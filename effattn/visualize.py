@@ -10,6 +10,7 @@ from . import _checks
 from .ops import TokenMerge
 
 _OP = "merged_tokens"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def merged_tokens(
@@ -87,14 +88,18 @@ def _pixels(image) -> Tensor:
     """(H, W, 3) float64 in 0..255."""
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"{_OP}: image must be a Tensor or a NumPy array, got {type(image).__name__}")
-    pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "fu":
+            raise TypeError(f"{_OP}: image must be floating point or uint8, got {image.dtype}")
+        image = torch.from_numpy(np.array(image))
+    pixels = _on_cpu("image", image)
     if pixels.dim() != 3 or 3 not in (pixels.shape[0], pixels.shape[2]):
         raise ValueError(f"{_OP}: image must have shape (3, H, W) or (H, W, 3), got {tuple(pixels.shape)}")
     if pixels.shape[0] == 3:
         pixels = pixels.permute(1, 2, 0)
     if pixels.dtype == torch.uint8:
         return pixels.double()
-    if not pixels.is_floating_point():
+    if pixels.dtype not in _checks.FLOATING:
         raise TypeError(f"{_OP}: image must be floating point or uint8, got {pixels.dtype}")
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError(f"{_OP}: image must be in [0, 1] where it is floating point; undo the model's normalisation")
@@ -104,12 +109,7 @@ def _pixels(image) -> Tensor:
 def _source(plan, example: int) -> Tensor:
     """(N,) int64."""
     source = plan.source_map() if isinstance(plan, TokenMerge) else plan
-    if (
-        not isinstance(source, Tensor)
-        or source.is_floating_point()
-        or source.is_complex()
-        or source.dtype == torch.bool
-    ):
+    if not isinstance(source, Tensor) or source.dtype not in INTEGERS:
         found = getattr(source, "dtype", type(source).__name__)
         raise TypeError(f"{_OP}: plan must be a TokenMerge or a Tensor of integers, got {found}")
     source = source.unsqueeze(0) if source.dim() == 1 else source
@@ -118,7 +118,14 @@ def _source(plan, example: int) -> Tensor:
     _checks.integer(_OP, "example", example, 0)
     if example >= len(source):
         raise ValueError(f"{_OP}: example must be below the plan's batch of {len(source)}, got {example}")
-    return source[example].detach().cpu().long()
+    return _on_cpu("plan", source)[example].long()
+
+
+def _on_cpu(name: str, tensor: Tensor) -> Tensor:
+    _checks.strided(_OP, name, tensor)
+    if tensor.is_meta:
+        raise ValueError(f"{_OP}: {name} must have values, got a tensor on the meta device")
+    return tensor.detach().cpu()
 
 
 def _alone(groups: Tensor, patches: Tensor) -> Tensor:

@@ -311,3 +311,38 @@ def test_backend_torch_is_torch():
         got = scaled_dot_product_attention(query, key, value, backend="torch")
     assert not recorded.calls
     assert torch.equal(got, F.scaled_dot_product_attention(query, key, value))
+
+
+@pytest.mark.parametrize("served_by", ["auto", "cpu", "reference"])
+def test_no_heads_may_be_grouped(served_by):
+    query, key = torch.randn(2, 0, 3, 4), torch.randn(2, 0, 5, 4)
+    given = effattn.scaled_dot_product_attention(query, key, key, enable_gqa=True, backend=served_by)
+    assert given.shape == query.shape
+
+
+def test_grouped_heads_of_a_structured_mask_need_four_dimensions():
+    query = torch.randn(1, 4, 6, 8)
+    mask = effattn.RelativePositionBias(torch.zeros(1, 11))
+    with pytest.raises(ValueError, match="value must have shape"):
+        F.scaled_dot_product_attention(query, query, torch.randn(24), attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["cpu"], b"cpu"])
+def test_backend_that_is_no_string_is_refused_by_name(wrong):
+    query = torch.randn(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="backend must be a str"):
+        effattn.scaled_dot_product_attention(query, query, query, backend=wrong)
+
+
+def test_number_beyond_any_float_is_refused_by_name():
+    query = torch.randn(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="scale must be finite"):
+        effattn.masked_product_attention(query, query, query, torch.ones(2, 2), scale=10**400)
+
+
+def test_sparse_and_eight_bit_tensors_are_refused_by_name():
+    query = torch.randn(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="key must be a dense"):
+        effattn.masked_product_attention(query, query.to_sparse(), query, torch.ones(2, 2))
+    with pytest.raises(TypeError, match="weight must be floating point"):
+        effattn.masked_product_attention(query, query, query, torch.ones(2, 2).to(torch.float8_e5m2))

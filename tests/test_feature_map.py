@@ -198,3 +198,16 @@ def test_products_of_features_estimate_the_exponential_of_the_product(kind):
     # One feature's deviation is at most about e times the mean here; 16384 of them bring it below a fiftieth.
     assert error.max() < 0.12
     assert error.mean() < 0.03
+
+
+@KINDS
+@pytest.mark.parametrize("served_by", ["cpu", "reference"])
+def test_not_a_number_in_a_row_is_no_row_of_zeros(kind, served_by):
+    query, key, value = torch.randn(3, 1, 1, 4, 3)
+    query[0, 0, 1, 2] = float("nan")
+    bias, projection = torch.zeros(1, 7), torch.randn(5, 3)
+    out = effattn.kernelized_rpe_attention(
+        query, key, value, bias, projection, feature_map=kind, method="direct", backend=served_by
+    )
+    assert out[0, 0, 1].isnan().all()
+    assert out[0, 0, [0, 2, 3]].isfinite().all()

@@ -170,3 +170,10 @@ def test_only_enhancement_trains_when_nothing_else_does(backend):
     images = tensors["value"].mT.reshape(2, 16, *GRID)
     wanted = torch.autograd.grad(F.conv2d(images, weight, padding=2, groups=16).sum(), weight)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_local_enhancement_of_no_heads():
+    query = torch.randn(2, 0, 4, 3)
+    weight, log_decay = torch.randn(0, 1, 5, 5), torch.zeros(0)
+    given = effattn.manhattan_attention(query, query, query, log_decay, (2, 2), lce_weight=weight, backend="cpu")
+    assert given.shape == query.shape

@@ -510,3 +510,30 @@ def test_reference_of_packed_sequences_is_the_formula():
     torch.testing.assert_close(
         effattn.retention(**tensors, **options), torch.from_numpy(wanted), rtol=1e-12, atol=1e-12
     )
+
+
+def test_rotation_takes_a_view_that_begins_at_an_odd_element():
+    flat = torch.randn(1 + 3 * 4)
+    x = flat[1:].view(1, 3, 4)
+    assert torch.equal(effattn.rotate_xpos(x), effattn.rotate_xpos(x.clone()))
+
+
+def test_sequence_bounds_may_be_strided():
+    query, key, value = torch.randn(3, 1, 2, 7, 4)
+    log_decay = effattn.retnet_log_decay(2)
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    strided = torch.stack((bounds, -bounds), 1)[:, 0]
+    given = effattn.retention(query, key, value, log_decay, cu_seqlens=strided)
+    assert torch.equal(given, effattn.retention(query, key, value, log_decay, cu_seqlens=bounds))
+
+
+def test_sequence_bounds_without_values_are_refused():
+    query = torch.randn(1, 2, 7, 4, device="meta")
+    bounds = torch.zeros(3, dtype=torch.int32, device="meta")
+    with pytest.raises(NotImplementedError, match="cu_seqlens is on the meta device"):
+        effattn.retention(query, query, query, torch.zeros(2, device="meta"), cu_seqlens=bounds)
+
+
+def test_state_of_vision_retention_is_refused_by_its_name():
+    with pytest.raises(TypeError, match="VisionRetention: state must be a Tensor, got str"):
+        effattn.nn.VisionRetention(4, 2)(torch.randn(1, 3, 4), state="zeros")

@@ -506,5 +506,5 @@ def test_vision_retention_refuses_what_it_cannot_take():
     module = VisionRetention(DIM, HEADS)
     with pytest.raises(ValueError, match=r"VisionRetention: x must have shape \(batch, tokens, 16\) or \(batch, h, w"):
         module(torch.zeros(5, DIM))
-    with pytest.raises(ValueError, match="initial_state must have shape"):
+    with pytest.raises(ValueError, match="VisionRetention: state must have shape"):
         module(torch.zeros(1, 5, DIM), torch.zeros(1, HEADS, 3, 3))

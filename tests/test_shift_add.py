@@ -163,3 +163,12 @@ def test_explain_names_the_backends():
     query = torch.randn(1, 2, 6, 8)
     explanation = effattn.explain(F.scaled_dot_product_attention, query, query, query, attn_mask=ShiftAdd())
     assert [v.backend for v in explanation.verdicts] == ["cpu", "cuda", "triton", "reference"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_not_a_number_in_a_key_is_no_zero_in_the_output(backend):
+    query, key, value = torch.randn(3, 1, 2, 3, 4)
+    key[0, 0, 1, 2] = float("nan")
+    given = effattn.shift_add_attention(query, key, value, binarize="per_head", backend=backend)
+    assert given[0, 0].isnan().all()
+    assert given[0, 1].isfinite().all()

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import effattn
 from effattn.integrations import convert_to_shift_add, freeze_shift_add
 from effattn.nn import (
     FrozenShiftLinear,
@@ -906,3 +907,29 @@ def test_a_trained_network_survives_conversion_and_a_little_more_training():
     convert_to_shift_add(model, skip="4", scale="channel")
     fit(model, lambda: spirals(256, generator), steps=100, lr=3e-3)
     assert accuracy(model, x, label) > dense - 0.03
+
+
+def test_mixture_takes_a_single_token():
+    mixture = effattn.nn.MixtureOfPrimitives(4).eval()
+    x = torch.randn(4)
+    assert torch.equal(mixture(x), mixture(x[None])[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "exception", "message"),
+    [
+        (effattn.nn.ShiftLinear, {"in_features": 2, "out_features": 2, "bias": 1}, TypeError, "bias must be a bool"),
+        (effattn.nn.PatchMerger, {"dim": 2, "num_tokens": 2, "device": "moon"}, ValueError, "device must be"),
+        (effattn.nn.PatchMerger, {"dim": 2, "num_tokens": 2, "dtype": torch.int32}, TypeError, "dtype must be"),
+        (effattn.nn.GaussianMixtureAttention, {"dim": 0, "grid": (2, 2)}, ValueError, "dim must be at least 1"),
+        (effattn.nn.GaussianMixtureAttention, {"dim": 4, "grid": 2}, TypeError, "grid must be a pair"),
+    ],
+)
+def test_wrong_options_of_a_module_are_refused_by_name(kind, arguments, exception, message):
+    with pytest.raises(exception, match=message):
+        kind(**arguments)
+
+
+def test_module_in_another_dtype_is_told_so():
+    with pytest.raises(TypeError, match=r"x must have the module's dtype torch\.float32, got torch\.float64"):
+        effattn.nn.URPEAttention(4, 2, num_tokens=3)(torch.randn(1, 3, 4, dtype=torch.float64))

@@ -271,3 +271,17 @@ def test_explain_knows_the_mask():
     explanation = effattn.explain(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
     assert explanation.backend == "cpu"
     assert str(explanation).startswith("size_weighted_attention (backend='auto')")
+
+
+@pytest.mark.parametrize("served_by", ["cpu", "reference"])
+def test_not_a_number_of_a_size_is_seen(served_by):
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    sizes = torch.tensor([[1.0, float("nan"), 1, 1, 1]])
+    for given in (sizes, sizes.clone().requires_grad_()):
+        assert effattn.size_weighted_attention(query, key, key, given, backend=served_by).isnan().all()
+
+
+def test_value_that_is_no_tensor_is_named_whatever_the_number_of_keys():
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(TypeError, match="value must be a Tensor, got list"):
+        effattn.size_weighted_attention(query, key, [1.0], torch.ones(1, 5))

@@ -655,8 +655,10 @@ def test_plan_whose_indices_are_out_of_range_is_refused(which, value):
         lambda: broken.merge_weighted(x, backend="cpu"),
         lambda: broken.unmerge(y, backend="cpu"),
     ):
-        with pytest.raises(RuntimeError, match="indices must lie in its ranges"):
+        with pytest.raises(ValueError, match=f"{which} must be "):
             call()
+    with pytest.raises(RuntimeError, match="indices must lie in its ranges"):  # of the kernel's own binding
+        merge_op("cpu", x, *indices.values(), MODES.index("sum"))
 
 
 X, Y, S = torch.ones(2, 9, 3), torch.ones(2, 4, 3), torch.ones(2, 9)
@@ -703,3 +705,39 @@ def test_float64_is_left_to_the_reference(method):
         getattr(random_plan(9, 4), method)(tensor, backend="cpu")
     result = getattr(random_plan(9, 4), method)(tensor)
     assert (result[0] if isinstance(result, tuple) else result).dtype == torch.float64
+
+
+def _plan_by_hand(**changes):
+    made = bipartite_soft_matching(torch.randn(2, 6, 4), 2)
+    given = {"source": made.source, "members": made.members, "offsets": made.offsets}
+    return TokenMerge(**{**given, **{name: change(given[name]) for name, change in changes.items()}})
+
+
+def test_plan_by_hand_may_be_strided():
+    torch.manual_seed(0)
+    x, wanted = torch.randn(2, 6, 3), _plan_by_hand()
+    torch.manual_seed(0)
+    torch.randn(2, 6, 3)
+    strided = _plan_by_hand(source=lambda t: torch.stack((t, t), -1)[..., 0], members=lambda t: t.t().contiguous().t())
+    assert torch.equal(strided.merge(x), wanted.merge(x))
+
+
+@pytest.mark.parametrize("served_by", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "exception", "message"),
+    [
+        ({"source": lambda t: "plan"}, TypeError, "source must be a Tensor"),
+        ({"members": lambda t: t.long()}, TypeError, "members must be int32"),
+        ({"source": lambda t: t[0]}, ValueError, "source must have shape"),
+        ({"members": lambda t: t[:, 1:]}, ValueError, "members must have source's shape"),
+        ({"offsets": lambda t: t[:1]}, ValueError, "offsets must have shape"),
+        ({"offsets": lambda t: t.to("meta")}, ValueError, "offsets must be on source's device"),
+        ({"source": lambda t: t - 1}, ValueError, "source must be in 0"),
+        ({"source": lambda t: t + 2**30}, ValueError, "source must be in 0"),
+        ({"members": lambda t: t.flip(1)}, ValueError, "members must be that of source"),
+        ({"offsets": lambda t: t + 1}, ValueError, "offsets must be that of source"),
+    ],
+)
+def test_plan_by_hand_that_is_none_is_refused_by_name(changes, exception, message, served_by):
+    with pytest.raises(exception, match=message):
+        _plan_by_hand(**changes).merge(torch.randn(2, 6, 3), backend=served_by)

@@ -90,7 +90,7 @@ def products(
 @triton.jit
 def inverse_length(squared):
     """1 / |x|; 0 of a row of zeros."""
-    return tl.where(squared > 0.0, 1.0 / tl.sqrt(tl.where(squared > 0.0, squared, 1.0)), 0.0)
+    return tl.where(squared == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(squared == 0.0, 1.0, squared)))
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def exponents(
     half = squared * 0.5
     if NORMALIZE:
         product = product * inverse_length(squared)[:, None]
-        half = tl.where(squared > 0.0, 0.5, 0.0)
+        half = tl.where(squared == 0.0, 0.0, 0.5)
     keep = valid
     if mask is not None:
         keep = keep & (tl.load(mask + i, mask=valid, other=1) == 0)

@@ -67,7 +67,7 @@ EFFATTN_DEVICE void load_rows(SharedArray<float> x, SharedArray<float> inverses,
     squares = warp_reduce(squares, Sum());
     float inverse = 1;
     if (extent.normalize) {
-      inverse = squares > 0 ? rsqrtf(squares) : 0.0f;
+      inverse = squares == 0 ? 0.0f : rsqrtf(squares);
       squares = 0;
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import _checks
@@ -393,7 +393,8 @@ def _skipper(skip, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         return _head_of(model)
     if callable(skip):
         return lambda name, module: bool(skip(name, module))
-    patterns = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else None
+    many = isinstance(skip, Iterable) and not isinstance(skip, (bytes, Tensor))
+    patterns = [skip] if isinstance(skip, str) else list(skip) if many else None
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"convert_to_shift_add: skip must be a function, a name or names, got {skip!r}")
     names = [name for name, _ in model.named_modules()]

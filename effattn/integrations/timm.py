@@ -153,7 +153,7 @@ def merge_tokens(
     if unmerge is not None and not isinstance(unmerge, bool):
         raise TypeError(f"{_NAME}: unmerge must be True, False or None, got {unmerge!r}")
     if threshold is not None:
-        _checks.interval(_NAME, "threshold", threshold, -1.0, 1.0)
+        threshold = _checks.interval(_NAME, "threshold", threshold, -1.0, 1.0)
     blocks = model.blocks._modules if _HANDLE in vars(model) else _blocks(model)
     schedule = _schedule(r, len(blocks))
     prefix, distilled = _prefix(model)
@@ -224,7 +224,7 @@ def _schedule(r, layers: int) -> tuple[int, ...]:
         if len(r) != 2:
             raise ValueError(f"{_NAME}: r as a tuple must be (r, inflection), got {r!r}; a list has one r per block")
         r, inflection = r
-        _checks.interval(_NAME, "inflection", inflection, -1.0, 1.0)
+        inflection = _checks.interval(_NAME, "inflection", inflection, -1.0, 1.0)
     _checks.integer(_NAME, "r", r, 0)
     low = int(r * (1.0 - inflection))
     step = (2 * r - 2 * low) / max(layers - 1, 1)

@@ -34,14 +34,15 @@ class _GridAttention(nn.Module):
     ):
         super().__init__()
         name = self._name = type(self).__name__
+        _checks.module_options(name, *like.values(), qkv_bias=qkv_bias)
         _checks.integer(name, "dim", dim, 1)
         _checks.integer(name, "num_heads", num_heads, 1)
         if dim % num_heads:
             raise ValueError(f"{name}: dim {dim} must be a multiple of num_heads {num_heads}")
         if qk_scale is not None:
-            _checks.real(name, "qk_scale", qk_scale)
-        _checks.probability(name, "attn_drop", attn_drop)
-        _checks.probability(name, "proj_drop", proj_drop)
+            qk_scale = _checks.real(name, "qk_scale", qk_scale)
+        attn_drop = _checks.probability(name, "attn_drop", attn_drop)
+        proj_drop = _checks.probability(name, "proj_drop", proj_drop)
         _checks.one_of(name, "padding", padding, paddings)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.scale = qk_scale or self.head_dim**-0.5  # as published, 0 means the default too
@@ -73,8 +74,7 @@ class _GridAttention(nn.Module):
         raise NotImplementedError
 
     def _grid(self, x: Tensor, grid) -> tuple[int, int]:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{self._name}: x must be a Tensor, got {type(x).__name__}")
+        _checks.layer_input(self._name, "x", x, self.qkv)
         if x.dim() not in (3, 4) or x.shape[-1] != self.dim:
             raise ValueError(
                 f"{self._name}: x must have shape (batch, h*w, {self.dim}) or (batch, h, w, {self.dim}), "
@@ -197,6 +197,7 @@ class CrossShapedWindowAttention(_GridAttention):
         if num_heads % 2:
             raise ValueError(f"{self._name}: num_heads must be even, got {num_heads}")
         _checks.integer(self._name, "split_size", split_size, 1)
+        _checks.boolean(self._name, "last_stage", last_stage)
         self.split_size = split_size
         self.last_stage = last_stage or self.resolution == (split_size, split_size)
         branches = 1 if self.last_stage else 2
@@ -321,6 +322,7 @@ class WindowAttention(_GridAttention):
             window, shift = (side, side), (0, 0)
         if shift[0] >= window[0] or shift[1] >= window[1]:
             raise ValueError(f"{self._name}: shift must be below window {window}, got {shift}")
+        _checks.boolean(self._name, "index_buffer", index_buffer)
         self.window, self.shift, self.index_buffer = window, shift, index_buffer
         rows = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **like))
@@ -439,9 +441,9 @@ class OverlappingCrossAttention(_GridAttention):
             like=like,
         )
         self.window = _pair(self._name, "window", window, 1)
-        _checks.real(self._name, "overlap_ratio", overlap_ratio)
+        overlap_ratio = _checks.real(self._name, "overlap_ratio", overlap_ratio)
         extra = [int(size * overlap_ratio) for size in self.window]
-        if any(pixels < 0 or pixels % 2 for pixels in extra):
+        if any(pixels < 0 or pixels % 2 or pixels > _checks.LARGEST_INTEGER for pixels in extra):
             raise ValueError(
                 f"{self._name}: overlap_ratio must enlarge window {self.window} by an even number of tokens, got "
                 f"{overlap_ratio}, which adds {tuple(extra)}"

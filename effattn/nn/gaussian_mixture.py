@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from ..ops import gaussian_mixture_attention
 
 
@@ -72,7 +73,13 @@ class GaussianMixtureAttention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.grid, self.num_prefix_tokens = tuple(grid), num_prefix_tokens
+        name, sizes = "GaussianMixtureAttention", (("num_heads", num_heads), ("head_dim", head_dim))
+        for argument, given in (("dim", dim), *sizes, ("num_gaussians", num_gaussians)):
+            _checks.integer(name, argument, given, 1)
+        _checks.integer(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        dropout = _checks.probability(name, "dropout", dropout)
+        self.dim = dim
+        self.grid, self.num_prefix_tokens = _checks.pair_of_integers(name, "grid", grid, 0), num_prefix_tokens
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         inner = num_heads * head_dim
         self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
@@ -91,6 +98,10 @@ class GaussianMixtureAttention(nn.Module):
         self.mask.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        name = "GaussianMixtureAttention"
+        _checks.layer_input(name, "x", x, self.to_qkv)
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"{name}: x must have shape (batch, tokens, {self.dim}), got {tuple(x.shape)}")
         query, key, value = self.to_qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out = gaussian_mixture_attention(
             query,

@@ -77,13 +77,14 @@ class ManhattanAttention(Decaying):
     ):
         super().__init__()
         name = "ManhattanAttention"
+        _checks.module_options(name, device, dtype, decomposed=decomposed, learnable_decay=learnable_decay)
         _checks.integer(name, "embed_dim", embed_dim, 1)
         _checks.integer(name, "num_heads", num_heads, 1)
         if embed_dim % (2 * num_heads):
             raise ValueError(f"{name}: embed_dim {embed_dim} must be a multiple of 2 * num_heads, {2 * num_heads}")
         _checks.one_of(name, "decay", decay, DECAY)
+        initial, heads_range = _checks.real(name, "initial", initial), _checks.real(name, "heads_range", heads_range)
         for argument, given in (("initial", initial), ("heads_range", heads_range)):
-            _checks.real(name, argument, given)
             if given < 0:
                 raise ValueError(f"{name}: {argument} must be at least 0, got {given}")
         self.embed_dim, self.num_heads, self.key_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -111,7 +112,7 @@ class ManhattanAttention(Decaying):
         return rmt_log_decay(self.num_heads, self.initial, self.heads_range, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, rel_pos=None, chunkwise_recurrent=None, incremental_state=None) -> Tensor:
-        check_tokens("ManhattanAttention", x, self.embed_dim, (4,))
+        check_tokens("ManhattanAttention", x, self.embed_dim, self.q_proj, (4,))
         tokens, heads = x.flatten(1, 2), (self.num_heads, self.key_dim)
         query, key, value = (
             proj(tokens).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)

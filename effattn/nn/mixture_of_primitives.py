@@ -81,14 +81,15 @@ class MixtureOfPrimitives(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        _checks.module_options("MixtureOfPrimitives", device, dtype)
         _checks.integer("MixtureOfPrimitives", "dim", dim, 1)
-        if gate not in ("probability", "straight_through"):
+        if not isinstance(gate, str) or gate not in ("probability", "straight_through"):
             raise ValueError(f'MixtureOfPrimitives: gate must be "probability" or "straight_through", got {gate!r}')
         if isinstance(noise, str):
             if noise != "learned":
                 raise ValueError(f'MixtureOfPrimitives: noise must be None, a number or "learned", got {noise!r}')
         elif noise is not None:
-            _checks.real("MixtureOfPrimitives", "noise", noise)
+            noise = _checks.real("MixtureOfPrimitives", "noise", noise)
             if noise < 0:
                 raise ValueError(f"MixtureOfPrimitives: noise must be at least 0, got {noise}")
         like = {"device": device, "dtype": dtype}
@@ -111,7 +112,8 @@ class MixtureOfPrimitives(nn.Module):
 
     def set_latencies(self, latencies: Sequence[float]) -> None:
         """Set what each expert costs, for example to what :func:`measure_expert_latency` returned."""
-        if isinstance(latencies, (str, bytes)) or not isinstance(latencies, (Sequence, Tensor)) or len(latencies) != 2:
+        pair = (isinstance(latencies, Tensor) and latencies.dim() == 1) or isinstance(latencies, Sequence)
+        if isinstance(latencies, (str, bytes)) or not pair or len(latencies) != 2:
             raise TypeError(f"MixtureOfPrimitives: latencies must be two numbers, got {latencies!r}")
         latencies = [value.item() if isinstance(value, Tensor) else value for value in latencies]
         for value in latencies:
@@ -123,12 +125,14 @@ class MixtureOfPrimitives(nn.Module):
 
     def forward(self, x: Tensor, *, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(..., dim) -> (..., channels); with ``return_loss`` also the load-balancing loss of this call."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"MixtureOfPrimitives: x must be a Tensor, got {type(x).__name__}")
+        _checks.layer_input("MixtureOfPrimitives", "x", x, self.router)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"MixtureOfPrimitives: x must have {self.dim} channels (last dimension), got {tuple(x.shape)}"
             )
+        if x.is_meta:
+            raise NotImplementedError("MixtureOfPrimitives: x is on the meta device, and the values decide the shapes")
+        _checks.boolean("MixtureOfPrimitives", "return_loss", return_loss)
         tokens = x.reshape(-1, self.dim)
         clean = _at_least_float32(self.router(tokens))
         deviation = self._deviation(tokens) if self.training else None
@@ -149,7 +153,7 @@ class MixtureOfPrimitives(nn.Module):
         if self.training or return_loss:
             loss = self._balance(clean, noisy, deviation, counts)
             self.balance_loss = loss if self.training else None
-        output = output.unflatten(0, x.shape[:-1]) if x.dim() != 2 else output
+        output = output.reshape(*x.shape[:-1], output.shape[-1]) if x.dim() != 2 else output
         return (output, loss) if return_loss else output
 
     def _deviation(self, tokens: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..ops import retention, retention_step, retnet_log_decay, rotate_xpos
-from ..ops.retention_checks import METHODS
+from ..ops.retention_checks import METHODS, check_state
 
 GATES = {"swish": F.silu, "gelu": F.gelu}
 
@@ -129,6 +129,8 @@ class MultiScaleRetention(Decaying):
     ):
         super().__init__()
         name = "MultiScaleRetention"
+        _checks.module_options(name, device, dtype, learnable_decay=learnable_decay)
+        _checks.integer(name, "embed_dim", embed_dim, 1)
         value_dim = 2 * embed_dim if value_dim is None else value_dim
         for argument, given in (("embed_dim", embed_dim), ("num_heads", num_heads), ("value_dim", value_dim)):
             _checks.integer(name, argument, given, 1)
@@ -137,7 +139,7 @@ class MultiScaleRetention(Decaying):
         if value_dim % num_heads:
             raise ValueError(f"{name}: value_dim {value_dim} must be a multiple of num_heads {num_heads}")
         _checks.one_of(name, "gate_fn", gate_fn, tuple(GATES))
-        _checks.real(name, "eps", eps)
+        eps = _checks.real(name, "eps", eps)
         if eps < 0:
             raise ValueError(f"{name}: eps must be at least 0, got {eps}")
         check_form(name, method, chunk_size)
@@ -173,7 +175,7 @@ class MultiScaleRetention(Decaying):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RetentionState]:
         name = "MultiScaleRetention"
-        check_tokens(name, x, self.embed_dim)
+        check_tokens(name, x, self.embed_dim, self.q_proj)
         if cu_seqlens is not None:
             for argument, given in (("state", state is not None), ("return_state", return_state)):
                 if given:
@@ -296,12 +298,13 @@ class VisionRetention(Decaying):
     ):
         super().__init__()
         name = "VisionRetention"
+        _checks.module_options(name, device, dtype, qkv_bias=qkv_bias, norm=norm, learnable_decay=learnable_decay)
         _checks.integer(name, "dim", dim, 1)
         _checks.integer(name, "num_heads", num_heads, 1)
         if dim % num_heads:
             raise ValueError(f"{name}: dim {dim} must be a multiple of num_heads {num_heads}")
-        _checks.real(name, "eps", eps)
-        _checks.probability(name, "proj_drop", proj_drop)
+        eps = _checks.real(name, "eps", eps)
+        proj_drop = _checks.probability(name, "proj_drop", proj_drop)
         check_form(name, method, chunk_size)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.method, self.chunk_size, self.backend = method, chunk_size, backend
@@ -328,12 +331,14 @@ class VisionRetention(Decaying):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        check_tokens("VisionRetention", x, self.dim, (3, 4))
+        check_tokens("VisionRetention", x, self.dim, self.qkv, (3, 4))
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         heads = 3, self.num_heads, self.head_dim
+        query, key, value = self.qkv(tokens).unflatten(-1, heads).permute(2, 0, 3, 1, 4)
+        if state is not None:
+            check_state("VisionRetention", "state", state, query, value, len(query), (self.head_dim,))
         results = retention(
-            *self.qkv(tokens).unflatten(-1, heads).permute(2, 0, 3, 1, 4),
-            self.log_decay,
+            *(query, key, value, self.log_decay),
             initial_state=state,
             return_state=return_state,
             method=self.method,
@@ -356,9 +361,8 @@ def check_form(name: str, method: str, chunk_size) -> None:
             raise ValueError(f"{name}: chunk_size must be None with method={method!r}, got {chunk_size}")
 
 
-def check_tokens(name: str, x: Tensor, channels: int, dims: tuple[int, ...] = (3,)) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+def check_tokens(name: str, x: Tensor, channels: int, layer: nn.Module, dims: tuple[int, ...] = (3,)) -> None:
+    _checks.layer_input(name, "x", x, layer)
     if x.dim() not in dims or x.shape[-1] != channels:
         shapes = {3: f"(batch, tokens, {channels})", 4: f"(batch, h, w, {channels})"}
         allowed = " or ".join(shapes[dim] for dim in dims)

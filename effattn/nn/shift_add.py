@@ -84,10 +84,14 @@ class ShiftAddAttention(nn.Module):
     ):
         super().__init__()
         name = "ShiftAddAttention"
+        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias}
+        _checks.module_options(name, device, dtype, **biases, fused_qkv=fused_qkv, sparse_reg=sparse_reg)
+        if linear_options is not None and not isinstance(linear_options, dict):
+            raise TypeError(f"{name}: linear_options must be a dict or None, got {type(linear_options).__name__}")
         _checks.integer(name, "dim", dim, 1)
         _checks.integer(name, "num_heads", num_heads, 1)
         _checks.integer(name, "residual_kernel", residual_kernel, 0)
-        _checks.probability(name, "proj_drop", proj_drop)
+        proj_drop = _checks.probability(name, "proj_drop", proj_drop)
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"{name}: dim {dim} must be a multiple of num_heads {num_heads}, or give head_dim")
@@ -95,13 +99,11 @@ class ShiftAddAttention(nn.Module):
         _checks.integer(name, "head_dim", head_dim, 1)
         if residual_kernel and residual_kernel % 2 == 0:
             raise ValueError(f"{name}: residual_kernel must be odd, or 0 for none, got {residual_kernel}")
-        if binarize not in BINARIZE:
-            raise ValueError(f"{name}: binarize must be one of {', '.join(BINARIZE)}, got {binarize!r}")
-        if linear not in ("dense", "shift"):
-            raise ValueError(f'{name}: linear must be "dense" or "shift", got {linear!r}')
+        _checks.one_of(name, "binarize", binarize, BINARIZE)
+        _checks.one_of(name, "linear", linear, ("dense", "shift"))
         if linear_options and linear == "dense":
             raise ValueError(f'{name}: linear_options are options of ShiftLinear and need linear="shift"')
-        self.num_heads, self.head_dim, self.fused_qkv = num_heads, head_dim, fused_qkv
+        self.dim, self.num_heads, self.head_dim, self.fused_qkv = dim, num_heads, head_dim, fused_qkv
         self.binarize, self.sparse_reg, self.backend = binarize, sparse_reg, backend
         like = {"device": device, "dtype": dtype}
         inner = num_heads * head_dim
@@ -129,10 +131,9 @@ class ShiftAddAttention(nn.Module):
     def forward(
         self, x: Tensor, height: int | None = None, width: int | None = None, *, attn_mask=None, is_causal=False
     ) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"ShiftAddAttention: x must be a Tensor, got {type(x).__name__}")
-        if x.dim() != 3:
-            raise ValueError(f"ShiftAddAttention: x must have shape (batch, tokens, channels), got {tuple(x.shape)}")
+        _checks.layer_input("ShiftAddAttention", "x", x, self.qkv if self.fused_qkv else self.q)
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"ShiftAddAttention: x must have shape (batch, tokens, {self.dim}), got {tuple(x.shape)}")
         if attn_mask is not None or isinstance(height, Tensor):
             raise ValueError("ShiftAddAttention: attn_mask must be None: linear attention has no score matrix to mask")
         if is_causal:

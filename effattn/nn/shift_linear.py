@@ -112,8 +112,9 @@ class ShiftLinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        _checks.module_options(type(self).__name__, device, dtype, bias=bias)
         _check_options(type(self).__name__, in_features, out_features, bits, scale, activation)
-        if parametrization not in PARAMETRIZATIONS:
+        if not isinstance(parametrization, str) or parametrization not in PARAMETRIZATIONS:
             raise ValueError(f'ShiftLinear: parametrization must be "Q" or "PS", got {parametrization!r}')
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.scale_mode, self.parametrization = bits, scale, parametrization
@@ -302,6 +303,7 @@ class FrozenShiftLinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        _checks.module_options(type(self).__name__, device, dtype, bias=bias)
         _check_options(type(self).__name__, in_features, out_features, bits, scale, activation)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.scale_mode, self.activation, self.backend = bits, scale, activation, backend
@@ -352,10 +354,9 @@ def _check_options(name: str, in_features, out_features, bits, scale, activation
     _checks.integer(name, "bits", bits, 2)
     if bits > 5:
         raise ValueError(f"{name}: bits must be 2 to 5, got {bits}")
-    if scale not in SCALES:
+    if not isinstance(scale, str) or scale not in SCALES:
         raise ValueError(f'{name}: scale must be "none" or "channel", got {scale!r}')
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _checks.one_of(name, "activation", activation, ACTIVATIONS)
     if activation == "fixed16.16" and scale != "none":
         raise ValueError(f'{name}: activation "fixed16.16" is integer arithmetic and needs scale="none"')
 

@@ -22,6 +22,7 @@ class _RelativeAttention(nn.Module):
     def __init__(self, embed_dim, num_heads, num_tokens, grid, is_causal, qkv_bias, proj_drop, backend, device, dtype):
         super().__init__()
         name = type(self).__name__
+        _checks.module_options(name, device, dtype, qkv_bias=qkv_bias)
         _checks.integer(name, "embed_dim", embed_dim, 1)
         _checks.integer(name, "num_heads", num_heads, 1)
         if embed_dim % num_heads:
@@ -34,7 +35,7 @@ class _RelativeAttention(nn.Module):
         else:
             self.extents = _checks.pair_of_integers(name, "grid", grid, 1)
         check_causal(name, is_causal)
-        _checks.probability(name, "proj_drop", proj_drop)
+        proj_drop = _checks.probability(name, "proj_drop", proj_drop)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.is_causal, self.backend = is_causal, backend
         like = {"device": device, "dtype": dtype}
@@ -68,8 +69,7 @@ class _RelativeAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """query, key and value, (B, H, N, D), and the extents of what x is."""
         name = type(self).__name__
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+        _checks.layer_input(name, "x", x, self.qkv)
         image = x.dim() == 4 and self.grid is not None
         if (x.dim() != 3 and not image) or x.shape[-1] != self.embed_dim:
             allowed = f"(batch, tokens, {self.embed_dim})"
@@ -167,10 +167,11 @@ class KernelizedRPEAttention(_RelativeAttention):
     ):
         super().__init__(embed_dim, num_heads, num_tokens, grid, is_causal, qkv_bias, proj_drop, backend, device, dtype)
         name = type(self).__name__
+        _checks.module_options(name, device, dtype, normalize_qk=normalize_qk, orthogonal=orthogonal)
         _checks.integer(name, "num_features", num_features, 1)
         _checks.one_of(name, "feature_map", feature_map, FEATURE_MAPS)
         _checks.one_of(name, "method", method, METHODS)
-        check_eps(name, eps)
+        eps = check_eps(name, eps)
         self.num_features, self.feature_map, self.normalize_qk = num_features, feature_map, normalize_qk
         self.orthogonal, self.eps, self.method = orthogonal, eps, method
         self.rpe_bias = self._new_table(device, dtype)
@@ -273,7 +274,7 @@ class URPEAttention(_RelativeAttention):
         name = type(self).__name__
         if not isinstance(rpe_bias, bool):
             raise TypeError(f"{name}: rpe_bias must be a bool, got {type(rpe_bias).__name__}")
-        _checks.probability(name, "attn_drop", attn_drop)
+        attn_drop = _checks.probability(name, "attn_drop", attn_drop)
         self.attn_drop = nn.Dropout(attn_drop)
         self.coefficient = self._new_table(device, dtype)
         self.register_parameter("rpe_bias", self._new_table(device, dtype) if rpe_bias else None)

@@ -13,8 +13,8 @@ from ..ops import centroid_probabilities, soft_merge
 from ..ops.information_bottleneck import direction, log_joint
 
 
-def _tokens(name: str, tokens, dim: int) -> None:
-    _checks.floating(name, "tokens", tokens)
+def _tokens(name: str, tokens, dim: int, norm: nn.LayerNorm) -> None:
+    _checks.layer_input(name, "tokens", tokens, norm)
     if tokens.dim() != 3 or tokens.shape[2] != dim:
         raise ValueError(f"{name}: tokens must have shape (batch, tokens, {dim}), got {tuple(tokens.shape)}")
 
@@ -54,6 +54,7 @@ class PatchMerger(nn.Module):
 
     def __init__(self, dim: int, num_tokens: int, *, backend: str = "auto", device=None, dtype=None):
         super().__init__()
+        _checks.module_options("PatchMerger", device, dtype)
         for argument, value in (("dim", dim), ("num_tokens", num_tokens)):
             _checks.integer("PatchMerger", argument, value, 1)
         like = {"device": device, "dtype": dtype}
@@ -67,7 +68,7 @@ class PatchMerger(nn.Module):
         nn.init.normal_(self.queries)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        _tokens("PatchMerger", tokens, self.dim)
+        _tokens("PatchMerger", tokens, self.dim, self.norm)
         tokens = self.norm(tokens)
         logits = F.linear(tokens, self.queries) * self.scale
         return soft_merge(tokens, logits.to(tokens.dtype), backend=self.backend)
@@ -150,12 +151,13 @@ class LearnableTokenMerge(nn.Module):
     ):
         super().__init__()
         name = "LearnableTokenMerge"
+        _checks.module_options(name, device, dtype)
         num_centroids = num_classes if num_centroids is None else num_centroids
         sizes = {"dim": dim, "num_tokens": num_tokens, "num_classes": num_classes, "num_centroids": num_centroids}
         for argument, value in sizes.items():
             _checks.integer(name, argument, value, 1)
         _checks.integer(name, "num_protected", num_protected, 0)
-        _checks.real(name, "compression_ratio", compression_ratio)
+        compression_ratio = _checks.real(name, "compression_ratio", compression_ratio)
         if not 0.0 < compression_ratio <= 1.0:
             raise ValueError(f"{name}: compression_ratio must be in (0, 1], got {compression_ratio}")
         self.dim, self.num_tokens, self.num_merged_tokens = dim, num_tokens, round(compression_ratio * num_tokens)
@@ -181,7 +183,7 @@ class LearnableTokenMerge(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         name, protected = "LearnableTokenMerge", self.num_protected
-        _tokens(name, tokens, self.dim)
+        _tokens(name, tokens, self.dim, self.norm)
         if tokens.shape[1] != protected + self.num_tokens:
             raise ValueError(
                 f"{name}: tokens must be {protected} protected and {self.num_tokens} to merge, got {tokens.shape[1]}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _checks, reference
 from .._checks import autocast
 from .._library import Operator
 from .._registry import REFERENCE, Backend, Problem, always, choose, cpu_kernel, register, triton_kernel
@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
 
     Raises:
         NotImplementedError: the explicit ``backend`` cannot serve this call; the message says why.
-        RuntimeError, ValueError: whatever torch's function raises on the same arguments.
+        RuntimeError, ValueError, IndexError: whatever torch's function raises on the same arguments.
 
     Source:
         torch.nn.functional.scaled_dot_product_attention; "FlashAttention", arXiv 2205.14135.
@@ -97,8 +97,12 @@ def scaled_dot_product_attention(
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if scale is not None and not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: scale must be a number, got {scale!r}")
+    if type(dropout_p) is not float:
+        dropout_p = _checks.real(op, "dropout_p", dropout_p)
+    if scale is not None and type(scale) is not float:
+        if not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: scale must be a number, got {scale!r}")
+        scale = _checks.real(op, "scale", scale) if isinstance(scale, int) else scale
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         if not hasattr(attn_mask, "attend"):
             raise TypeError(f"{op}: attn_mask must be a Tensor or a structured mask, got {type(attn_mask).__name__}")
@@ -107,6 +111,10 @@ def scaled_dot_product_attention(
         if enable_gqa:
             key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale, backend=backend)
+    if not (is_causal is True or is_causal is False):
+        _checks.boolean(op, "is_causal", is_causal)
+    if not (enable_gqa is True or enable_gqa is False):
+        _checks.boolean(op, "enable_gqa", enable_gqa)
     if torch._C._len_torch_function_stack():  # a mode, such as replace_sdpa, is to see this call as it sees torch's
         plain = PlainCall(attn_mask, is_causal, enable_gqa, backend)
         return F.scaled_dot_product_attention(query, key, value, plain, dropout_p, scale=scale)
@@ -165,6 +173,8 @@ def _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> str
     batch, heads, length, head_dim = query.shape
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim:
         return "value has another shape than key, or batch or head_dim differ"
+    if not query.layout == key.layout == value.layout == torch.strided:
+        return "query, key and value are not all dense"
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
         return "dtypes or devices differ"
     if key.shape[1] != heads and not (enable_gqa and key.shape[1] > 0 and heads % key.shape[1] == 0):
@@ -187,7 +197,9 @@ def _unserved(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> str
 
 
 def _repeat_heads(tensor: Tensor, query: Tensor) -> Tensor:
+    if not (isinstance(tensor, Tensor) and query.dim() == tensor.dim() == 4):
+        return tensor  # which the operator refuses
     heads, kv_heads = query.shape[1], tensor.shape[1]
-    if kv_heads < 1 or heads % kv_heads:
+    if heads != kv_heads and (kv_heads < 1 or heads % kv_heads):
         raise ValueError(f"scaled_dot_product_attention: query's {heads} heads are no multiple of key's {kv_heads}")
     return tensor if heads == kv_heads else tensor.repeat_interleave(heads // kv_heads, 1)

@@ -312,7 +312,7 @@ def _attend(
     overlap: tuple[int, int] = (0, 0),
     bias: tuple[Tensor | None, str] = (None, "swin"),
 ) -> Tensor:
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     _checks.one_of(op, "padding", padding, PADDING)
     if padding == "error":

@@ -88,7 +88,7 @@ def gaussian_mixture_attention(
         torch.Size([2, 4, 31, 16])
     """
     op = "gaussian_mixture_attention"
-    query, key, value, scale, problem = _prepare(op, query, key, value, scale, dropout_p)
+    query, key, value, scale, dropout_p, problem = _prepare(op, query, key, value, scale, dropout_p)
     height, width = _checks.grid_of_tokens(op, grid, query.shape[2], num_prefix_tokens)
     for name, tensor in (("alpha", alpha), ("sigma", sigma)):
         _checks.parameter(op, name, tensor, query)
@@ -97,7 +97,7 @@ def gaussian_mixture_attention(
         raise ValueError(f"{op}: alpha must have shape (K, H) with K >= 1 and H = {heads}, got {tuple(shape)}")
     if sigma.shape != shape:
         raise ValueError(f"{op}: sigma must have alpha's shape {tuple(alpha.shape)}, got {tuple(sigma.shape)}")
-    _checks.real(op, "eps", eps)
+    eps = _checks.real(op, "eps", eps)
     if eps <= 0.0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
     backend = choose(op, backend, problem)
@@ -106,9 +106,7 @@ def gaussian_mixture_attention(
             query, key, value, alpha, sigma, (height, width), num_prefix_tokens, eps, scale, dropout_p
         )
     alpha, sigma = _as_float32(alpha), _as_float32(sigma)
-    return gaussian_mixture(
-        backend, query, key, value, alpha, sigma, height, width, num_prefix_tokens, float(eps), scale
-    )
+    return gaussian_mixture(backend, query, key, value, alpha, sigma, height, width, num_prefix_tokens, eps, scale)
 
 
 def masked_product_attention(
@@ -150,7 +148,7 @@ def masked_product_attention(
         True
     """
     op = "masked_product_attention"
-    query, key, value, scale, problem = _prepare(op, query, key, value, scale, dropout_p)
+    query, key, value, scale, dropout_p, problem = _prepare(op, query, key, value, scale, dropout_p)
     _checks.parameter(op, "weight", weight, query)
     heads, tokens = query.shape[1:3]
     if tuple(weight.shape) not in ((tokens, tokens), (heads, tokens, tokens)):
@@ -174,7 +172,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
 
 def _prepare(op: str, query: Tensor, key: Tensor, value: Tensor, scale, dropout_p):
     _checks.attention_inputs(op, query, key, value)
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     query, key, value = _checks.autocast(query, key, value)
-    return query, key, value, scale, Problem(query.device.type, query.dtype, query.shape[3], dropout_p)
+    return query, key, value, scale, dropout_p, Problem(query.device.type, query.dtype, query.shape[3], dropout_p)

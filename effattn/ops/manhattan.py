@@ -106,10 +106,11 @@ def manhattan_attention(
     check_decay(op, log_decay, query)
     height, width = _checks.grid_of_tokens(op, grid, query.shape[2], num_prefix_tokens)
     _checks.one_of(op, "decay", decay, DECAY)
+    _checks.boolean(op, "decomposed", decomposed)
     if decomposed and num_prefix_tokens:
         raise ValueError(f"{op}: num_prefix_tokens must be 0 where decomposed is True, got {num_prefix_tokens}")
     _check_lce(op, query, lce_weight, lce_bias)
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, Problem(query.device.type, query.dtype, query.shape[3], dropout_p))
@@ -138,8 +139,8 @@ def manhattan_attention(
     if lce_weight is None:
         return output
     heads, head_dim = query.shape[1], query.shape[3]
-    weight = lce_weight.reshape(heads, head_dim, -1).float().contiguous()
-    bias = None if lce_bias is None else lce_bias.view(heads, head_dim).float().contiguous()
+    weight = lce_weight.reshape(heads, head_dim, lce_weight.shape[2] ** 2).float().contiguous()
+    bias = None if lce_bias is None else lce_bias.reshape(heads, head_dim).float().contiguous()
     return local_enhancement(
         *(backend, output, value, weight, bias, height, width, num_prefix_tokens, lce_weight.shape[2])
     )

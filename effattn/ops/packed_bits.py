@@ -327,7 +327,7 @@ def _batched(tensor: Tensor) -> Tensor:
 
 
 def _words(op: str, name: str, bits, length: int, device=None) -> None:
-    if not isinstance(bits, Tensor) or bits.dtype != torch.uint32:
+    if not isinstance(bits, Tensor) or bits.layout != torch.strided or bits.dtype != torch.uint32:
         raise TypeError(f"{op}: {name} must be a uint32 Tensor, got {getattr(bits, 'dtype', type(bits).__name__)}")
     words = (length + WORD - 1) // WORD
     if bits.dim() < 2 or bits.shape[-1] != words:
@@ -339,5 +339,4 @@ def _words(op: str, name: str, bits, length: int, device=None) -> None:
 
 
 def _bit_values(op: str, values) -> None:
-    if values not in VALUES:
-        raise ValueError(f"{op}: values must be one of {', '.join(VALUES)}, got {values!r}")
+    _checks.one_of(op, "values", values, VALUES)

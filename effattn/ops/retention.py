@@ -196,6 +196,8 @@ def retention(
     sequences = query.shape[0]
     if cu_seqlens is not None:
         sequences = check_sequences(op, cu_seqlens, query)
+        cu_seqlens = cu_seqlens.contiguous()
+    _checks.boolean(op, "return_state", return_state)
     if not is_causal:
         for name, given in (("initial_state", initial_state is not None), ("return_state", return_state)):
             if given:
@@ -206,6 +208,8 @@ def retention(
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, _problem(query, value, chunk))
     if backend == "reference":
+        if cu_seqlens is not None and cu_seqlens.is_meta:
+            raise NotImplementedError(f"{op}: cu_seqlens is on the meta device, and the reference has to read it")
         return reference.retention(
             *(query, key, value, log_decay, is_causal, scale, normalize, initial_state, return_state),
             chunk_size=_reference_chunk(method, chunk, is_causal),
@@ -282,6 +286,7 @@ def retention_step(
     key_dim = query.shape[3]
     check_state(op, "state", state, query, value, query.shape[0], (key_dim, key_dim + 1))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_decay, state))
+    _checks.boolean(op, "inplace", inplace)
     if inplace and differentiable:
         raise ValueError(f"{op}: inplace must be False where a gradient is wanted (use torch.no_grad())")
     query, key, value = _checks.autocast(query, key, value)
@@ -343,15 +348,15 @@ def rotate_xpos(x: Tensor, *, offset: int = 0, base: float = 10000.0) -> Tensor:
     if x.dim() < 2 or x.shape[-1] % 2 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must have shape (..., N, D) with D even and at least 2, got {tuple(x.shape)}")
     _checks.integer(op, "offset", offset, 0)
-    _checks.real(op, "base", base)
+    base = _checks.real(op, "base", base)
     if base <= 0:
         raise ValueError(f"{op}: base must be above 0, got {base}")
     if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return reference.rotate_xpos(x, offset, base)
-    rotation = _rotation(x.shape[-2], x.shape[-1], offset, float(base), x.device)
+    rotation = _rotation(x.shape[-2], x.shape[-1], int(offset), base, x.device)
     pairs = x.unflatten(-1, (-1, 2))
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
-        pairs = pairs.contiguous()
+        pairs = pairs.clone(memory_format=torch.contiguous_format)  # a complex view begins at an even element
     turned = torch.view_as_complex(pairs) * rotation  # one pass over x, which keeps its layout
     return torch.view_as_real(turned).flatten(-2)
 
@@ -384,6 +389,7 @@ def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float64, devi
         tensor([0.9688, 0.9844], dtype=torch.float64)
     """
     _checks.integer("retnet_log_decay", "num_heads", num_heads, 0)
+    _check_factory("retnet_log_decay", dtype, device)
     return _log_decay(5.0 + torch.arange(num_heads, dtype=torch.float64, device=device), dtype)
 
 
@@ -413,12 +419,19 @@ def rmt_log_decay(
     """
     op = "rmt_log_decay"
     _checks.integer(op, "num_heads", num_heads, 0)
+    _check_factory(op, dtype, device)
+    initial, range = (_checks.real(op, name, given) for name, given in (("initial", initial), ("range", range)))
     for name, given in (("initial", initial), ("range", range)):
-        _checks.real(op, name, given)
         if given < 0:
             raise ValueError(f"{op}: {name} must be at least 0, got {given}")
     heads = torch.arange(num_heads, dtype=torch.float64, device=device)
     return _log_decay(initial + range * heads / max(num_heads, 1), dtype)
+
+
+def _check_factory(op: str, dtype, device) -> None:
+    if dtype is None:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got None")
+    _checks.module_options(op, device, dtype)
 
 
 def _log_decay(exponents: Tensor, dtype: torch.dtype) -> Tensor:

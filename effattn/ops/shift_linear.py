@@ -148,8 +148,7 @@ def _linear(op: str, input, weight: PackedShiftWeight, dense: Tensor | None, bia
         _checks.parameter(op, "bias", bias, input, "input")
         if tuple(bias.shape) != (outputs,):
             raise ValueError(f"{op}: bias must have shape ({outputs},), got {tuple(bias.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _checks.one_of(op, "activation", activation, ACTIVATIONS)
     if activation == "fixed16.16" and weight.scale is not None:
         raise ValueError(f"{op}: activation 'fixed16.16' is integer arithmetic and needs a weight with scale='none'")
     (input,) = _checks.autocast(input)

@@ -71,7 +71,7 @@ def size_weighted_attention(
     _check_inputs(op, query, key, value)
     flat = flat_sizes(op, sizes, query, (query.shape[0], key.shape[2]), "query")
     scale = _checks.scale_or_default(op, scale, query.shape[3])
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, Problem(query.device.type, query.dtype, query.shape[3], dropout_p))
     if backend == "reference":
@@ -86,7 +86,10 @@ def size_weighted_attention(
 def _check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """As ``_checks.attention_inputs``, but keys may be another number of tokens."""
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-    if not tensors or query.shape == key.shape == value.shape or not query.dim() == key.dim() == 4:
+    if not tensors:
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            _checks.strided(op, name, given)
+    if query.shape == key.shape == value.shape or not query.dim() == key.dim() == 4:
         return _checks.attention_inputs(op, query, key, value)
     _checks.floating(op, "query", query)
     like = query if key.shape[2] == query.shape[2] else key

@@ -175,7 +175,8 @@ def kernelized_rpe_attention(
     _checks.attention_inputs(op, query, key, value)
     _checks.one_of(op, "feature_map", feature_map, FEATURE_MAPS)
     _check_projection(op, projection, query, feature_map)
-    size = _check_common(op, query, rpe_bias, grid, is_causal, key_padding_mask, method, eps)
+    _checks.boolean(op, "normalize_qk", normalize_qk)
+    size, eps = _check_common(op, query, rpe_bias, grid, is_causal, key_padding_mask, method, eps)
     query, key, value = _checks.autocast(query, key, value)
     identity = feature_map == "identity"
     count = query.shape[3] if identity else projection.shape[-2] * (2 if feature_map == "trigonometric" else 1)
@@ -204,7 +205,7 @@ def kernelized_rpe_attention(
         directions = projection.float().expand(query.shape[1], *projection.shape[-2:]).contiguous()
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         shifts = (SHIFTS.index("row"), SHIFTS.index("head")) if eps == 0 else (0, 0)
-        options = (feature_map == "trigonometric", bool(normalize_qk))
+        options = (feature_map == "trigonometric", normalize_qk)
         query_features = features(backend, query, directions, None, *options, shifts[0])
         key_features = features(backend, key, directions, mask, *options, shifts[1])
     return _attend(op, backend, query_features, key_features, value, entries, size, is_causal, method, eps)
@@ -258,7 +259,7 @@ def toeplitz_linear_attention(
     """
     op = "toeplitz_linear_attention"
     _check_features(op, query_features, key_features, value)
-    size = _check_common(op, query_features, rpe_bias, grid, is_causal, key_padding_mask, method, eps)
+    size, eps = _check_common(op, query_features, rpe_bias, grid, is_causal, key_padding_mask, method, eps)
     query, key, value = _checks.autocast(query_features, key_features, value)
     entries = relative_entries(rpe_bias, query.shape[1], eps, is_causal)
     backend, method = _choose(op, backend, query, value, entries, size, is_causal, method)
@@ -299,6 +300,9 @@ def random_features(
     op = "random_features"
     _checks.integer(op, "num_features", num_features, 1)
     _checks.integer(op, "head_dim", head_dim, 1)
+    _checks.boolean(op, "orthogonal", orthogonal)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     device = "cpu" if generator is None else generator.device
     draw = {"generator": generator, "device": device, "dtype": torch.float64}
     gaussian = torch.randn(num_features, head_dim, **draw)
@@ -314,14 +318,13 @@ def random_features(
 # ---- shared by both operators ----
 
 
-def _check_common(op, query, rpe_bias, grid, is_causal, key_padding_mask, method, eps) -> tuple[int, int]:
+def _check_common(op, query, rpe_bias, grid, is_causal, key_padding_mask, method, eps) -> tuple[tuple[int, int], float]:
     size = grid_or_line(op, grid, query.shape[2])
     check_entries(op, "rpe_bias", rpe_bias, query, size, grid)
     check_causal(op, is_causal)
     check_padding_mask(op, key_padding_mask, query)
     _checks.one_of(op, "method", method, methods.METHODS)
-    check_eps(op, eps)
-    return size
+    return size, check_eps(op, eps)
 
 
 def _check_projection(op: str, projection: Tensor | None, query: Tensor, feature_map: str) -> None:

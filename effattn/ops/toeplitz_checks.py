@@ -57,8 +57,7 @@ def check_padding_mask(op: str, mask: Tensor | None, query: Tensor) -> None:
     if mask is None:
         return
     name, wanted = "key_padding_mask", (query.shape[0], query.shape[2])
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(mask).__name__}")
+    _checks.strided(op, name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be torch.bool (True: a key that takes no part), got {mask.dtype}")
     if mask.device != query.device:
@@ -68,11 +67,11 @@ def check_padding_mask(op: str, mask: Tensor | None, query: Tensor) -> None:
 
 
 def check_causal(op: str, is_causal) -> None:
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"{op}: is_causal must be a bool, got {is_causal!r}")
+    _checks.boolean(op, "is_causal", is_causal)
 
 
-def check_eps(op: str, eps) -> None:
-    _checks.real(op, "eps", eps)
+def check_eps(op: str, eps) -> float:
+    eps = _checks.real(op, "eps", eps)
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    return eps

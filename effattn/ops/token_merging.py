@@ -103,13 +103,11 @@ def bipartite_soft_matching(
     batch, tokens = metric.shape[:2]
     if tokens > 2 * INDICES:
         raise ValueError(f"{op}: metric must have at most {2 * INDICES} tokens, got {tokens}")
-    _checks.integer(op, "num_merged", num_merged, -(2**62))
+    _checks.integer(op, "num_merged", num_merged, -_checks.LARGEST_INTEGER)
     _checks.integer(op, "num_protected", num_protected, 0)
-    if not isinstance(distill_token, bool):
-        raise TypeError(f"{op}: distill_token must be a bool, got {distill_token!r}")
+    _checks.boolean(op, "distill_token", distill_token)
     if threshold is not None:
-        _checks.interval(op, "threshold", threshold, -1.0, 1.0)
-        threshold = float(threshold)
+        threshold = _checks.interval(op, "threshold", threshold, -1.0, 1.0)
     flat = None if sizes is None else flat_sizes(op, sizes, metric, (batch, tokens), "metric")
     backend = choose(op, backend, Problem(metric.device.type, metric.dtype, 1))
     protected = max(num_protected, 2 if num_protected else 1) if distill_token else num_protected
@@ -123,14 +121,20 @@ def bipartite_soft_matching(
         flat = None if flat is None else flat.detach().float().contiguous()
         limit = NO_THRESHOLD if threshold is None else threshold
         plan = match(backend, metric, flat, num_merged, num_protected, distill_token, limit, threshold is not None)
-    return TokenMerge(*plan, sizes, threshold is not None)
+    return _made(*plan, sizes, threshold is not None)
 
 
 def _identity(metric: Tensor, sizes: Tensor | None, padded: bool) -> TokenMerge:
     batch, tokens = metric.shape[:2]
     places = torch.arange(tokens + 1, dtype=torch.int32, device=metric.device).expand(batch, -1).contiguous()
     own = places[:, :tokens].contiguous()
-    return TokenMerge(own, own, places, sizes, padded)
+    return _made(own, own, places, sizes, padded)
+
+
+def _made(*arguments) -> TokenMerge:
+    plan = TokenMerge(*arguments)
+    plan._checked = True
+    return plan
 
 
 def keep_tokens(x: Tensor, scores: Tensor, num_kept: int, *, num_protected: int = 0) -> tuple[Tensor, Tensor]:
@@ -159,17 +163,13 @@ def keep_tokens(x: Tensor, scores: Tensor, num_kept: int, *, num_protected: int 
         tensor([[0, 1, 3]])
     """
     op = "keep_tokens"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+    _checks.strided(op, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{op}: x must have shape (batch, tokens, channels), got {tuple(x.shape)}")
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{op}: scores must be a Tensor, got {type(scores).__name__}")
+    _checks.real_tensor(op, "scores", scores)
     batch, tokens = x.shape[:2]
     if scores.shape != (batch, tokens):
         raise ValueError(f"{op}: scores must have shape {(batch, tokens)}, got {tuple(scores.shape)}")
-    if scores.is_complex():
-        raise TypeError(f"{op}: scores must be real, got {scores.dtype}")
     if scores.device != x.device:
         raise ValueError(f"{op}: scores must be on x's device {x.device}, got {scores.device}")
     _checks.integer(op, "num_protected", num_protected, 0)

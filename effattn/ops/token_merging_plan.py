@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import _checks, reference
 from .._library import Operator
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
-from ..reference.token_merging import MODES
+from ..reference.token_merging import MODES, group
+from .retention_checks import is_plain
 
 _PLAN = ("x", "source", "members", "offsets")
 
@@ -111,12 +112,13 @@ class TokenMerge:
         tensor([[1., 2., 1.]])
     """
 
-    __slots__ = ("members", "offsets", "padded", "sizes", "source")
+    __slots__ = ("_checked", "members", "offsets", "padded", "sizes", "source")
 
     def __init__(
         self, source: Tensor, members: Tensor, offsets: Tensor, sizes: Tensor | None = None, padded: bool = False
     ):
         self.source, self.members, self.offsets, self.sizes, self.padded = source, members, offsets, sizes, padded
+        self._checked = False
 
     @property
     def num_tokens(self) -> int:
@@ -163,7 +165,7 @@ class TokenMerge:
             arXiv 2210.09461, appendix D.
         """
         op = "TokenMerge.merge"
-        self._check(op, "x", x, self.source.shape[1])
+        self._check(op, x)
         _checks.one_of(op, "mode", mode, MODES)
         backend = self._choose(op, backend, x)
         if self._is_identity:
@@ -197,8 +199,7 @@ class TokenMerge:
             arXiv 2210.09461, section 3.
         """
         op = "TokenMerge.merge_weighted"
-        tokens = self.source.shape[1]
-        self._check(op, "x", x, tokens)
+        tokens = self._check(op, x)
         if residual is not None:
             _checks.parameter(op, "residual", residual, x, "x")
             if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -245,7 +246,7 @@ class TokenMerge:
             arXiv 2210.09461, appendix D.
         """
         op = "TokenMerge.unmerge"
-        self._check(op, "x", x, self.num_tokens)
+        self._check(op, x, outputs=True)
         backend = self._choose(op, backend, x)
         if self._is_identity:
             return x
@@ -253,15 +254,49 @@ class TokenMerge:
             return reference.token_unmerge(x, self.source)
         return unmerge_op(backend, x, self.source, self.members, self.offsets)
 
-    def _check(self, op: str, name: str, x: Tensor, tokens: int) -> None:
-        _checks.floating(op, name, x)
+    def _check(self, op: str, x: Tensor, outputs: bool = False) -> int:
+        """Of x; returns how many tokens it has."""
+        if not self._checked:
+            self._check_plan(op)
+        _checks.floating(op, "x", x)
+        tokens = self.num_tokens if outputs else self.source.shape[1]
         batch = self.source.shape[0]
         if x.dim() != 3 or x.shape[0] != batch or x.shape[1] != tokens:
             raise ValueError(
-                f"{op}: {name} must have shape ({batch}, {tokens}, channels), as this plan has, got {tuple(x.shape)}"
+                f"{op}: x must have shape ({batch}, {tokens}, channels), as this plan has, got {tuple(x.shape)}"
             )
         if x.device != self.source.device:
-            raise ValueError(f"{op}: {name} must be on the plan's device {self.source.device}, got {x.device}")
+            raise ValueError(f"{op}: x must be on the plan's device {self.source.device}, got {x.device}")
+        return tokens
+
+    def _check_plan(self, op: str) -> None:
+        """Of a plan that somebody else put together; its values only where they can be looked at."""
+        given = (("source", self.source), ("members", self.members), ("offsets", self.offsets))
+        for name, tensor in given:
+            _checks.strided(op, name, tensor)
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{op}: {name} must be int32, got {tensor.dtype}")
+            if tensor.dim() != 2:
+                raise ValueError(f"{op}: {name} must have shape (batch, tokens), got {tuple(tensor.shape)}")
+            if tensor.device != self.source.device:
+                raise ValueError(f"{op}: {name} must be on source's device {self.source.device}, got {tensor.device}")
+        _checks.boolean(op, "padded", self.padded)
+        batch = self.source.shape[0]
+        if self.members.shape != self.source.shape:
+            raise ValueError(
+                f"{op}: members must have source's shape {tuple(self.source.shape)}, got {tuple(self.members.shape)}"
+            )
+        if self.offsets.shape[0] != batch or self.offsets.shape[1] < 1:
+            raise ValueError(f"{op}: offsets must have shape ({batch}, outputs + 1), got {tuple(self.offsets.shape)}")
+        self.source, self.members, self.offsets = (tensor.contiguous() for _, tensor in given)
+        if all(is_plain(tensor) for _, tensor in given):
+            source = self.source.long()
+            if source.numel() and not 0 <= source.min() <= source.max() < self.num_tokens:
+                raise ValueError(f"{op}: source must be in 0..{self.num_tokens - 1}, the outputs that offsets has")
+            for name, tensor, wanted in zip(("members", "offsets"), (self.members, self.offsets), _grouped(self)):
+                if not torch.equal(tensor, wanted):
+                    raise ValueError(f"{op}: {name} must be that of source, inputs in the order of their outputs")
+            self._checked = True
 
     def _choose(self, op: str, backend: str, x: Tensor) -> str:
         return choose(op, backend, Problem(x.device.type, x.dtype, 1))
@@ -269,16 +304,17 @@ class TokenMerge:
 
 def flat_sizes(op: str, sizes: Tensor, like: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     """Sizes as (B, N), in their own dtype."""
-    if not isinstance(sizes, Tensor):
-        raise TypeError(f"{op}: sizes must be a Tensor, got {type(sizes).__name__}")
-    if sizes.is_complex():
-        raise TypeError(f"{op}: sizes must be real, got {sizes.dtype}")
+    _checks.real_tensor(op, "sizes", sizes)
     if sizes.device != like.device:
         raise ValueError(f"{op}: sizes must be on {name}'s device {like.device}, got {sizes.device}")
     flat = sizes.squeeze(-1) if sizes.dim() == 3 and sizes.shape[2] == 1 else sizes
     if flat.shape != shape:
         raise ValueError(f"{op}: sizes must have shape {shape} or {(*shape, 1)}, got {tuple(sizes.shape)}")
     return flat
+
+
+def _grouped(plan: TokenMerge) -> tuple[Tensor, Tensor]:
+    return group(plan.source.long(), plan.num_tokens)[1:]
 
 
 def _flatten(plan: TokenMerge):

@@ -78,7 +78,7 @@ def urpe_attention(
         if entries is not None:
             check_entries(op, name, entries, query, size, grid)
     check_causal(op, is_causal)
-    _checks.probability(op, "dropout_p", dropout_p)
+    dropout_p = _checks.probability(op, "dropout_p", dropout_p)
     scale = _checks.scale_or_default(op, scale, query.shape[3])
     query, key, value = _checks.autocast(query, key, value)
     backend = choose(op, backend, Problem(query.device.type, query.dtype, query.shape[3], dropout_p))

@@ -24,7 +24,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
+        group = query.shape[-3] // max(key.shape[-3], 1)
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     logits = scale * query @ key.transpose(-2, -1)
     if is_causal:

@@ -22,7 +22,7 @@ FIXED_ONE, FIXED_LOWEST, FIXED_HIGHEST = 2.0**16, -(2.0**31), (2.0**15 - 1) * 2.
 
 def encode(weight: Tensor, bits: int, per_channel: bool) -> tuple[Tensor, Tensor | None]:
     """(codes, scale) of a dense (N, K) weight; the scale of a channel is its largest magnitude."""
-    exact = weight.detach().double()
+    exact = weight.detach().double().contiguous()
     scale = None
     if per_channel:
         largest = exact.abs().amax(1) if exact.shape[1] else exact.new_zeros(exact.shape[0])
@@ -180,4 +180,4 @@ def shift_add_attention(
 def _unit(x: Tensor) -> Tensor:
     """x / |x| over the last dimension; a zero vector stays zero, and so does its gradient."""
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1.0), 0.0)
+    return torch.where(norm == 0, 0.0, x / torch.where(norm == 0, 1.0, norm))

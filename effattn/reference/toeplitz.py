@@ -41,7 +41,7 @@ def unit(x: Tensor) -> Tensor:
     """x / |x|, of at least float32, since squares leave the range of float16; a row of zeros stays."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     squared = exact.square().sum(-1, keepdim=True)
-    return torch.where(squared > 0, exact * torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0).to(x.dtype)
+    return torch.where(squared == 0, 0.0, exact * torch.where(squared == 0, 1.0, squared).rsqrt()).to(x.dtype)
 
 
 def feature_map(

@@ -141,6 +141,6 @@ def size_weighted_attention(
 
 
 def log_sizes(sizes: Tensor) -> Tensor:
-    """log sizes, -inf where a size is not above 0, with a gradient of 0 there."""
-    absent = ~(sizes > 0)
+    """log sizes, -inf where a size is 0 or below, with a gradient of 0 there."""
+    absent = sizes <= 0
     return sizes.masked_fill(absent, 1.0).log().masked_fill(absent, float("-inf"))
