@@ -39,8 +39,8 @@ class FusedTangent(Fused):
         along = _along_linear(operator, arguments, tangents[:count])
         found = operator(ctx.backend, *along)  # an operator again, so that tangents have gradients and tangents
         found = (found,) if isinstance(found, torch.Tensor) else found
-        constant = (None,) * (operator.num_results + len(operator.saved) - operator.linear_results)
-        return (*found[: operator.linear_results], *constant)
+        constant = (torch.zeros_like(f) for f in found[operator.linear_results :])
+        return (*found[: operator.linear_results], *constant, *(None for _ in operator.saved))
 
 
 class RefusedTangent(FusedGradient):
