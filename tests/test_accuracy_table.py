@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import require
+from effattn.bench import accuracy
 
 from effattn import _registry
-from effattn.bench import accuracy
 
 EXACT = {"pack_signs", "binary_matmul", "bipartite_soft_matching"}
 """Operators whose results are integers: right or wrong, with no error to tabulate."""

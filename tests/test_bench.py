@@ -7,8 +7,6 @@ import time
 
 import pytest
 import torch
-
-from effattn import reference
 from effattn.bench import (
     accuracy,
     asked,
@@ -24,6 +22,8 @@ from effattn.bench import (
     vit,
 )
 from effattn.bench.cases import BACKWARD, FORWARD, OURS, Contender, families, flops
+
+from effattn import reference
 
 CASES = [
     pytest.param(family, case, id=f"{case.operator} {case.name}")

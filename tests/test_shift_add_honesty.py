@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-
 from effattn.bench import shift_add_honesty as honesty
 from effattn.bench.runner import Effort, Result
 

@@ -12,9 +12,9 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from effattn.bench import vit
 from torch import nn
 
-from effattn.bench import vit
 from effattn.integrations.timm import TokenStream, merge_tokens, restore
 
 PATCHES = 36

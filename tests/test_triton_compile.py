@@ -19,7 +19,6 @@ import pytest
 pytest.importorskip("triton")
 
 import triton_compiler
-
 from effattn.triton_kernels import configurations
 
 SCRIPT = Path(__file__).with_name("triton_compiler.py")

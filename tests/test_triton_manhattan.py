@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 
 from conformance import assert_within_budget
+from effattn.triton_kernels import cross_shaped_window as windows
+from effattn.triton_kernels import local_enhancement
 
 import effattn
 from effattn import reference
-from effattn.triton_kernels import cross_shaped_window as windows
-from effattn.triton_kernels import local_enhancement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from effattn.triton_kernels import retention as kernels
+
 from effattn import reference
 from effattn.ops.retention import _like_query
-from effattn.triton_kernels import retention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")

@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("triton")
 
 from conformance import GuardedAllocations, Placed
+from effattn.triton_kernels import soft_merge as kernels
 from linear_like import assert_close_enough
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effattn
 from effattn import reference
-from effattn.triton_kernels import soft_merge as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")

@@ -8,10 +8,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-
-from effattn import reference
 from effattn.triton_kernels import feature_map as feature_kernels
 from effattn.triton_kernels import toeplitz as kernels
+
+from effattn import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")

@@ -6,8 +6,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from effattn.reference import token_merging as reference
 from effattn.triton_kernels import token_matching, token_merging
+
+from effattn.reference import token_merging as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

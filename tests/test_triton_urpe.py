@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 from conformance import Placed, assert_within_budget
+from effattn.triton_kernels import patches, urpe
 
 import effattn
 from effattn import reference
-from effattn.triton_kernels import patches, urpe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = ("coefficient", "rpe_bias")

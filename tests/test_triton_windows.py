@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from effattn.triton_kernels import cross_shaped_window as windows
+
 import effattn
 from effattn import reference
-from effattn.triton_kernels import cross_shaped_window as windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

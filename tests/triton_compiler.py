@@ -17,9 +17,6 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from effattn.triton_kernels import (
     attention,
     configurations,
@@ -36,6 +33,8 @@ from effattn.triton_kernels import (
     token_merging,
     urpe,
 )
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
