@@ -16,10 +16,13 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _flops
 
 NAMESPACES = {"cpu": "effattn", "cuda": "effattn", "triton": "effattn_triton"}
+
+NO_SECOND_DERIVATIVE = "effattn's kernels have no second derivative; backend='reference' has"
 
 _libraries: dict[str, torch.library.Library] = {}
 _ops: dict[str, Op] = {}
@@ -100,6 +103,9 @@ class Operator:
         saved: what the forward returns beside them, name -> (shape from query's shape); float32, batch first.
         saves_output: whether ``X_bwd`` takes the output too.
         shares: a tensor argument -> the differentiable one whose gradient is its gradient as well.
+        linear: those in which the results are jointly linear (no constant beside them), or a function of tensors and
+            options that gives their names: their forward-mode derivative is the operator itself.
+        linear_results: how many of the results, from the first, that holds for; the rest do not depend on them.
         mixes_batch: (tensors and options) -> whether an example's result depends on the rest of its batch.
         fake: (*tensors, *options) -> the results and what is saved; default: one result like query.
         flops: (query_shape, key_shape, value_shape, *options) -> FLOPs of the forward.
@@ -120,6 +126,8 @@ class Operator:
         saved: dict[str, Callable] | None = None,
         saves_output: bool = True,
         shares: dict[str, str] | None = None,
+        linear: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
+        linear_results: int | None = None,
         mixes_batch: Callable[..., bool] = lambda *args: False,
         fake: Callable | None = None,
         flops: Callable[..., int] | None = None,
@@ -127,6 +135,8 @@ class Operator:
     ):
         names = [tensor.removeprefix("?") for tensor in tensors]
         inputs = ", ".join(f"Tensor{'?' if t[0] == '?' else ''} {n}" for t, n in zip(tensors, names))
+        self.names, self.optional = names, tuple(i for i, t in enumerate(tensors) if t[0] == "?")
+        self.linear, self.linear_results = linear, len(results) if linear_results is None else linear_results
         self.num_tensors = len(names)
         self.saves_output = saves_output
         self.differentiable = tuple(names.index(n) for n in differentiable)
@@ -135,13 +145,14 @@ class Operator:
         self.num_results = len(results)
         if saved is None:
             saved = {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
-        self._saved = saved
+        self.saved = saved
         self._flops = flops or _score_flops
         parameters = frozenset(names.index(n) for n in parameters)
-        kept = [*(("output",) if saves_output else ()), *self._saved]
+        self.batched = lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch)
+        kept = [*(("output",) if saves_output else ()), *self.saved]
         self.num_kept = len(kept)
 
-        returned = ", ".join(f"Tensor {n}" for n in (*results, *self._saved))
+        returned = ", ".join(f"Tensor {n}" for n in (*results, *self.saved))
         first, *further = results
         upstream = ", ".join((f"Tensor grad_{first}", *(f"Tensor? grad_{n}" for n in further)))
         gradients = ", ".join(f"Tensor grad_{n}" for n in differentiable)
@@ -151,7 +162,7 @@ class Operator:
             f"{name}_fwd({inputs}{options}) -> ({returned})",
             fake or self._fake_forward,
             family=family,
-            vmap=lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch),
+            vmap=self.batched,
             flops=lambda *args, **kwargs: self._flops(*args[:3], *args[self.num_tensors :]),
         )
         # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
@@ -177,7 +188,9 @@ class Operator:
     def __call__(self, backend: str, *args):
         """Run the operator on ``backend``; differentiable. Its result, or a tuple where it has several."""
         call = self.forward
-        if torch.is_grad_enabled():
+        if forward_ad._current_level >= 0:  # below autograd a tangent would be lost without a word
+            call = functools.partial(_with_tangents().FusedTangent.apply, self.name)
+        elif torch.is_grad_enabled():
             for index in (*self.differentiable, *self.shares, *(() if self.passes is None else (self.passes,))):
                 if args[index] is not None and args[index].requires_grad:
                     call = functools.partial(Fused.apply, self.name)
@@ -188,8 +201,8 @@ class Operator:
         return results[0] if self.num_results == 1 else results[: self.num_results]
 
     def _fake_forward(self, query, *args):
-        saved = (query.new_empty(shape(*query.shape), dtype=torch.float32) for shape in self._saved.values())
-        return (torch.empty_like(query), *saved) if self._saved else torch.empty_like(query)
+        saved = (query.new_empty(shape(*query.shape), dtype=torch.float32) for shape in self.saved.values())
+        return (torch.empty_like(query), *saved) if self.saved else torch.empty_like(query)
 
     def _fake_backward(self, grad_output, *args):
         absent = grad_output.new_empty
@@ -231,7 +244,7 @@ class Fused(torch.autograd.Function):
         count = operator.num_tensors
         ctx.name, ctx.backend, ctx.options = name, backend, args[count:]
         saved = outputs[operator.num_results :]
-        ctx.save_for_backward(*args[:count], *(outputs[:1] if operator.saves_output else ()), *saved)
+        ctx.save_for_backward(*saved_of(operator, inputs, outputs))
         if saved:
             ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(operator.num_results == 1)
@@ -246,10 +259,7 @@ class Fused(torch.autograd.Function):
         if grad_output is None:
             grad_output = ctx.saved_tensors[0].new_zeros(ctx.output_shape)
         arguments = (grad_output, *further, *ctx.saved_tensors, *ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
-            gradients = FusedGradient.apply(operator.backward.name, ctx.backend, *arguments)
-        else:
-            gradients = operator.backward(ctx.backend, *arguments)
+        gradients = run_backward(operator.backward, ctx.backend, *arguments)
         gradients = (gradients,) if isinstance(gradients, torch.Tensor) else gradients
         slots = [None] * (2 + operator.num_tensors + len(ctx.options))
         for index, gradient in zip(operator.differentiable, gradients):
@@ -261,6 +271,21 @@ class Fused(torch.autograd.Function):
             if arguments[received + index] is not None:
                 slots[2 + index] = slots[2 + like]
         return tuple(slots)
+
+
+def saved_of(operator: Operator, inputs: tuple, outputs: tuple) -> tuple:
+    """The tensors that a call's derivatives need."""
+    output = outputs[:1] if operator.saves_output else ()
+    return (*inputs[2 : 2 + operator.num_tensors], *output, *outputs[operator.num_results :])
+
+
+def tangent_refusal(operator: str, name: str, linear: tuple[str, ...]) -> str:
+    """What an argument's tangent is answered where no kernel takes it."""
+    known = f"; they have that of {', '.join(linear)}" if linear else ""
+    return (
+        f"{operator}: effattn's kernels have no forward-mode derivative with respect to {name}{known}. "
+        "backend='reference' has"
+    )
 
 
 class FusedGradient(torch.autograd.Function):
@@ -278,7 +303,20 @@ class FusedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError("effattn's kernels have no second derivative; backend='reference' has")
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+
+def run_backward(op: Op, backend: str, *args):
+    """Run a backward op, so that a further derivative (create_graph=True, torch.func, forward mode) is refused."""
+    if forward_ad._current_level >= 0:
+        return _with_tangents().RefusedTangent.apply(op.name, backend, *args)
+    if torch.is_grad_enabled():
+        return FusedGradient.apply(op.name, backend, *args)
+    return op(backend, *args)
+
+
+def _with_tangents():
+    return importlib.import_module("effattn._tangents")
 
 
 # ---- vmap: fold the mapped dimension into the batch; loop where that would mix examples ----

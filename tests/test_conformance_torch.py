@@ -22,10 +22,10 @@ from conformance import (
 )
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch_features import checks, sample_of
 
 EVERYWHERE = case_and_backend()
+BESIDE_MATRIX = case_and_backend(beside_matrix=True)
 KERNELS = case_and_backend(without=("reference",))
 
 
@@ -94,34 +94,18 @@ def test_fake_kernels_tell_shapes_strides_and_dtypes(case, backend, shape):
                 assert fake.stride() == real.stride() or not real.numel()  # torch's own differ for empty tensors
 
 
-@EVERYWHERE
-@torch._dynamo.config.patch(error_on_recompile=True)
+@case_and_backend(without=("cpu", "reference"))
 def test_compiles_to_one_graph_that_serves_every_length(case, backend):
-    if case != CASES[case.op][0]:
-        pytest.skip("once per operator; test_compiled_without_gradients_is_the_same has every mode of use")
-    if backend != "cpu" and (is_slow(backend) or backend == "reference"):
-        pytest.skip("interpreters are slow; test_auto_is_traceable compiles plain PyTorch")
-
-    def call(tensors, options):
-        return case(tensors, options, backend)
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    for grid, batch in zip(case.grids, (2, 3, 2)):
-        shape = small(backend).with_(grid=grid, batch=batch, prefix=2)
-        tensors, options, grad_output = sample(case, backend, shape)
-        eager = run(case, tensors, options, backend, grad_output)
-        got = run(lambda t, o, _: compiled(t, o), tensors, options, backend, grad_output, wrt=case.differentiable)
-        assert_agrees(got, eager, backend)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
+    if case != CASES[case.op][0] or is_slow(backend):
+        pytest.skip("once per operator and not in an interpreter; the matrix has the cpu backend")
+    require(case.op, backend)
+    checks.compiles_for_every_length(sample_of(case, backend), backend)
 
 
-@case_and_backend(without=("triton", "cuda"))
+@case_and_backend(without=("triton", "cuda"), beside_matrix=True)
 def test_compiled_without_gradients_is_the_same(case, backend):
-    tensors, options, _ = sample(case, backend)
-    compiled = torch.compile(lambda t, o: case(t, o, backend), fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(tensors, options), case(tensors, options, backend))
+    require(case.op, backend)
+    checks.compiles(sample_of(case, backend), backend)
 
 
 @case_and_backend(without=("triton", "cuda"))
@@ -152,33 +136,10 @@ def test_inductor_runs_the_kernel_inside_its_own_code(case, backend):
         torch.testing.assert_close(gradient, eager.gradients[name], rtol=1e-4, atol=1e-4)
 
 
-@EVERYWHERE
-def test_exports(case, backend):
-    tensors, options, _ = sample(case, backend)
-
-    class Call(torch.nn.Module):
-        def forward(self, tensors):
-            return case(tensors, options, backend)
-
-    exported = torch.export.export(Call(), (tensors,))
-    torch.testing.assert_close(exported.module()(tensors), case(tensors, options, backend))
-    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert any(target.startswith("effattn") for target in targets) == (backend != "reference")
-
-
-@case_and_backend(without=("triton",))
-def test_export_leaves_the_batch_open(case, backend):
-    tensors, options, _ = sample(case, backend)
-
-    class Call(torch.nn.Module):
-        def forward(self, tensors):
-            return case(tensors, options, backend)
-
-    batch = torch.export.Dim("batch", min=2, max=64)
-    open_batch = {n: None if n in case.parameters else {0: batch} for n in tensors}
-    exported = torch.export.export(Call(), (tensors,), dynamic_shapes=(open_batch,))
-    larger, _, _ = sample(case, backend, small(backend).with_(batch=5))
-    torch.testing.assert_close(exported.module()(larger), case(larger, options, backend))
+@BESIDE_MATRIX
+def test_exports_with_an_open_batch(case, backend):
+    require(case.op, backend)
+    checks.exports(sample_of(case, backend), backend)
 
 
 @EVERYWHERE
@@ -202,20 +163,16 @@ def test_autocast_computes_in_its_dtype(case, backend, dtype):
         assert torch.equal(gradient, wanted.gradients[name].float())
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_checkpointing_changes_nothing(case, backend):
-    tensors, options, grad_output = sample(case, backend)
+    require(case.op, backend)
+    checks.checkpoints(sample_of(case, backend), backend)
 
-    def checkpointed(tensors, options, _):
-        names = list(tensors)
 
-        def segment(*values):
-            return case(dict(zip(names, values)), options, backend)
-
-        return checkpoint(segment, *tensors.values(), use_reentrant=False)
-
-    got = run(checkpointed, tensors, options, backend, grad_output, wrt=case.differentiable)
-    assert_same_bits(got, run(case, tensors, options, backend, grad_output))
+@case_and_backend(without=("reference",), beside_matrix=True)
+def test_checkpointing_by_a_policy_over_op_names(case, backend):
+    require(case.op, backend)
+    checks.checkpoints_selectively(sample_of(case, backend), backend)
 
 
 def _stacked(case, backend, count=3):
@@ -224,16 +181,10 @@ def _stacked(case, backend, count=3):
     return examples, {name: torch.stack([e[name] for e in examples]) for name in examples[0]}, case.options(shape)
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_vmap_over_a_batch_is_a_loop(case, backend):
     require(case.op, backend)
-    examples, stacked, options = _stacked(case, backend)
-    in_dims = {name: None if name in case.parameters else 0 for name in stacked}
-    shared = {name: examples[0][name] if name in case.parameters else stacked[name] for name in stacked}
-    got = torch.func.vmap(lambda t: case(t, options, backend), in_dims=(in_dims,))(shared)
-    for index, example in enumerate(examples):
-        wanted = case({**example, **{name: shared[name] for name in case.parameters}}, options, backend)
-        torch.testing.assert_close(got[index], wanted)
+    checks.vmaps(sample_of(case, backend), backend)
 
 
 @case_and_backend(without=("triton",))
@@ -260,28 +211,19 @@ def test_vmap_over_each_argument_alone_is_a_loop(case, backend):
         torch.testing.assert_close(got, torch.stack((first, second)))
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_per_example_gradients(case, backend):
     """vmap of grad: every example keeps its own gradient, those of the shared parameters too."""
     require(case.op, backend)
-    examples, stacked, options = _stacked(case, backend, count=2)
-    shared = {name: examples[0][name] if name in case.parameters else stacked[name] for name in stacked}
-    in_dims = {name: None if name in case.parameters else 0 for name in stacked}
-    grad_output = case.grad_output(small(backend), device=device_of(backend))
-    names = case.differentiable
+    checks.gives_per_example_gradients(sample_of(case, backend), backend)
 
-    def loss(values, others):
-        return (case({**others, **values}, options, backend) * grad_output).sum()
 
-    values, others = ({n: shared[n] for n in shared if (n in names) == wanted} for wanted in (True, False))
-    got = torch.func.vmap(
-        torch.func.grad(loss), in_dims=({n: in_dims[n] for n in values}, {n: in_dims[n] for n in others})
-    )(values, others)
-    for index, example in enumerate(examples):
-        example = {**example, **{name: shared[name] for name in case.parameters}}
-        wanted = run(case, example, options, backend, grad_output).gradients
-        for name in names:
-            torch.testing.assert_close(got[name][index], wanted[name], rtol=1e-4, atol=1e-4)
+@BESIDE_MATRIX
+def test_forward_mode(case, backend):
+    require(case.op, backend)
+    if case.op == "shift_add_attention":
+        pytest.skip("no argument enters linearly; the matrix has its refusal")
+    checks.has_forward_mode(sample_of(case, backend), backend)
 
 
 @case_and_backend(without=("triton",))
@@ -296,26 +238,17 @@ def test_vmap_inside_vmap(case, backend):
     assert got.shape[1:] == case.grad_output(shape, device=device).shape
 
 
-@KERNELS
+@case_and_backend(without=("reference",), beside_matrix=True)
 def test_flops_are_counted(case, backend):
-    tensors, options, grad_output = sample(case, backend)
-    forward = case.flops(small(backend))
-    with FlopCounterMode(display=False) as counter:
-        case(tensors, options, backend)
-    assert counter.get_total_flops() == forward
-    with FlopCounterMode(display=False) as counter:
-        run(case, tensors, options, backend, grad_output)
-    assert counter.get_total_flops() == forward + forward * 5 // 2
+    require(case.op, backend)
+    checks.counts_flops(sample_of(case, backend), backend)
 
 
-@KERNELS
+@case_and_backend(without=("reference",), beside_matrix=True)
 def test_second_derivatives_are_refused(case, backend):
-    tensors, options, _ = sample(case, backend)
-    query = tensors["query"].requires_grad_()
-    output = case(tensors, options, backend)
-    (gradient,) = torch.autograd.grad(output.sin().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), query)
+    require(case.op, backend)
+    with pytest.raises(checks.Limit, match="a second one raises"):
+        checks.refuses_second_derivatives(sample_of(case, backend), backend)
 
 
 @case_and_backend(without=("triton", "cuda"))
@@ -341,16 +274,3 @@ def test_runs_under_inference_mode(case, backend):
     with torch.inference_mode():
         inside = {name: tensor.clone() for name, tensor in tensors.items()}
         assert torch.equal(case(inside, options, backend), wanted)
-
-
-@pytest.mark.gpu
-@case_and_backend(without=("reference", "cpu"))
-def test_captured_in_a_cuda_graph(case, backend):
-    tensors, options, _ = sample(case, backend)
-    wanted = case(tensors, options, backend)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = case(tensors, options, backend)
-    captured.zero_()
-    graph.replay()
-    assert torch.equal(captured, wanted)

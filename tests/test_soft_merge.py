@@ -34,6 +34,8 @@ from effattn import reference, soft_merge
 
 KERNELS = pytest.mark.parametrize("backend", [b for b in backends_of("soft_merge") if b != "reference"])
 EVERYWHERE = pytest.mark.parametrize("backend", backends_of("soft_merge"))
+BESIDE_MATRIX = pytest.mark.parametrize("backend", [b for b in backends_of("soft_merge") if b != "cpu"])
+"""Of features that test_torch_features.py checks on the cpu backend."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ROUNDING = {"cpu": 0.0, "triton": 1e-5}  # of a gradient of logits that is 0: whether x_n g and y g are the same sum
 NAMES = ("output", "gradient of tokens", "gradient of logits")
@@ -429,7 +431,7 @@ def test_fake_kernels_tell_shapes_strides_and_dtypes(backend):
                 assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_to_one_graph(backend, dynamic, fresh_compiler):
     require("soft_merge", backend)
@@ -451,7 +453,7 @@ def test_compiles_to_one_graph(backend, dynamic, fresh_compiler):
     assert not counters["graph_break"]
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_exports_with_an_open_batch(backend):
     x, logits, _ = on_device(backend, *draw())
 
@@ -479,7 +481,7 @@ def test_vmap_is_a_loop(backend, mapped):
         torch.testing.assert_close(got[i], soft_merge(*pair, backend=backend))
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_per_example_gradients(backend):
     x, logits, grad = on_device(backend, *draw(batch=4))
     wanted = results(backend, x, logits, grad)
@@ -505,7 +507,7 @@ def test_autocast_computes_in_its_dtype(backend, dtype):
     assert torch.autograd.grad(output.sum(), x)[0].dtype == torch.float32
 
 
-@EVERYWHERE
+@BESIDE_MATRIX
 def test_checkpointing_changes_nothing(backend):
     x, logits, grad = on_device(backend, *draw())
     given = [t.detach().requires_grad_() for t in (x, logits)]
@@ -514,7 +516,7 @@ def test_checkpointing_changes_nothing(backend):
     assert_same([t.detach().cpu() for t in found], results(backend, x, logits, grad))
 
 
-@KERNELS
+@pytest.mark.parametrize("backend", ["triton"])
 def test_flops_are_counted(backend):
     x, logits, grad = on_device(backend, *draw())
     forward = 2 * 2 * 21 * 20 * 7
@@ -526,7 +528,7 @@ def test_flops_are_counted(backend):
     assert counter.get_total_flops() == 3 * forward
 
 
-@KERNELS
+@pytest.mark.parametrize("backend", ["triton"])
 def test_second_derivatives_are_refused(backend):
     x, logits, _ = on_device(backend, *draw())
     output = soft_merge(x.requires_grad_(), logits, backend=backend)

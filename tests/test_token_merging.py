@@ -628,14 +628,6 @@ def test_checkpointing_changes_no_bit(use_reentrant):
     assert torch.equal(*found)
 
 
-def test_second_derivatives_are_refused():
-    require("TokenMerge.merge", "cpu")
-    plan, x = pairs_plan(12, 3), draw(2, 12, 6).requires_grad_()
-    (grad,) = torch.autograd.grad(plan.merge(x, backend="cpu").square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 # ---- errors ----
 
 

@@ -21,6 +21,7 @@ attention = Operator(
     family="attention",
     tensors=("query", "key", "value", "?attn_mask"),
     differentiable=("query", "key", "value"),
+    linear=("value",),
     options="bool is_causal, float scale",
 )
 

@@ -31,6 +31,7 @@ window = Operator(
     tensors=("query", "key", "value", "?bias", "?lepe_weight", "?lepe_bias"),
     differentiable=("query", "key", "value", "bias", "lepe_weight", "lepe_bias"),
     parameters=("bias", "lepe_weight", "lepe_bias"),
+    linear=("value", "lepe_bias"),
     options="SymInt grid_h, SymInt grid_w, SymInt window_h, SymInt window_w, SymInt second_h, SymInt second_w, "
     "SymInt shift_h, SymInt shift_w, SymInt overlap_h, SymInt overlap_w, SymInt num_prefix_tokens, "
     "bool mask_padding, bool bias_weighs, float scale",

@@ -17,6 +17,7 @@ gaussian_mixture = Operator(
     tensors=(*_QKV, "alpha", "sigma"),
     differentiable=(*_QKV, "alpha", "sigma"),
     parameters=("alpha", "sigma"),
+    linear=("value",),
     options="SymInt grid_h, SymInt grid_w, SymInt num_prefix_tokens, float eps, float scale",
 )
 
@@ -26,6 +27,7 @@ masked_product = Operator(
     tensors=(*_QKV, "weight"),
     differentiable=(*_QKV, "weight"),
     parameters=("weight",),
+    linear=("value",),
     options="float scale",
 )
 

@@ -30,6 +30,7 @@ local_enhancement = Operator(
     parameters=("weight", "bias"),
     options="SymInt grid_h, SymInt grid_w, SymInt num_prefix_tokens, SymInt size",
     passes="attention",
+    linear=("attention", "value", "bias"),
     saved={},
     saves_output=False,
     flops=_convolution_flops,

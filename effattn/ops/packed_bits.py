@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks, reference
-from .._library import FusedGradient, Op, signed
+from .._library import Op, _loop, run_backward, signed
 from .._registry import MAX_HEAD_DIM, REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register
 
 VALUES = ("binary", "sign")
@@ -151,8 +152,11 @@ def add_matmul(packed: Tensor, dense: Tensor, *, values: str = "binary", backend
     backend = choose(op, backend, Problem(dense.device.type, dense.dtype, 1))
     if backend == "reference":
         return reference.add_matmul(packed, dense, values)
-    wanted = torch.is_grad_enabled() and dense.requires_grad
-    product = _AddMatmul.apply if wanted else add_matmul_fwd
+    if forward_ad._current_level >= 0:
+        product = _AddMatmulTangent.apply
+    else:
+        wanted = torch.is_grad_enabled() and dense.requires_grad
+        product = _AddMatmul.apply if wanted else add_matmul_fwd
     output = product(backend, _batched(packed), _batched(dense), VALUES.index(values))
     return output.reshape(*packed.shape[:-1], dense.shape[-1])
 
@@ -267,8 +271,11 @@ def hamming_attention(
     if backend == "reference":
         return reference.hamming_attention(query_bits, key_bits, value, head_dim, values, scale)
     query_bits, key_bits = query_bits.contiguous(), key_bits.contiguous()
-    wanted = torch.is_grad_enabled() and value.requires_grad
-    attend = _HammingAttention.apply if wanted else hamming_attention_fwd
+    if forward_ad._current_level >= 0:
+        attend = _HammingAttentionTangent.apply
+    else:
+        wanted = torch.is_grad_enabled() and value.requires_grad
+        attend = _HammingAttention.apply if wanted else hamming_attention_fwd
     return attend(backend, query_bits, key_bits, value, head_dim, VALUES.index(values), scale)[0]
 
 
@@ -289,9 +296,20 @@ class _AddMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         arguments = (ctx.backend, grad_output, *ctx.saved_tensors, ctx.length, ctx.values)
-        if torch.is_grad_enabled():
-            return None, None, FusedGradient.apply("add_matmul_bwd", *arguments), None
-        return None, None, add_matmul_bwd(*arguments), None
+        return None, None, run_backward(add_matmul_bwd, *arguments), None
+
+
+class _AddMatmulTangent(_AddMatmul):
+    """Linear in dense: a tangent goes through the same product. Apart, for torch.compile takes no `jvp`."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _AddMatmul.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx, _backend, _packed, tangent, _values):
+        return _AddMatmulTangent.apply(ctx.backend, *ctx.saved_tensors, tangent, ctx.values)
 
 
 class _HammingAttention(torch.autograd.Function):
@@ -311,11 +329,27 @@ class _HammingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):
         arguments = (ctx.backend, grad_output, *ctx.saved_tensors, *ctx.options)
-        if torch.is_grad_enabled():
-            gradient = FusedGradient.apply("hamming_attention_bwd", *arguments)
-        else:
-            gradient = hamming_attention_bwd(*arguments)
-        return None, None, None, gradient, None, None, None
+        return None, None, None, run_backward(hamming_attention_bwd, *arguments), None, None, None
+
+
+class _HammingAttentionTangent(_HammingAttention):
+    """Linear in value, as _AddMatmulTangent in dense."""
+
+    generate_vmap_rule = False  # torch's own rule loses count of the tangents of several outputs
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_HammingAttentionTangent.apply)(info, in_dims, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _HammingAttention.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(*inputs[1:3], outputs[1])
+
+    @staticmethod
+    def jvp(ctx, _backend, _query_bits, _key_bits, tangent, *_options):
+        bits = ctx.saved_tensors[:2]
+        return _HammingAttentionTangent.apply(ctx.backend, *bits, tangent, *ctx.options)[0], None
 
 
 def _batched(tensor: Tensor) -> Tensor:

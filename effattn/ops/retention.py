@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks, reference
 from .._library import Op, Operator
@@ -54,6 +55,7 @@ scan = Operator(
     tensors=("query", "key", "value", "log_decay", "?initial_state", "?row_scale", "?cu_seqlens"),
     differentiable=("query", "key", "value", "log_decay", "initial_state"),
     parameters=("log_decay",),
+    linear=("value", "initial_state"),
     options="bool is_causal, SymInt chunk_size, bool return_state, float scale",
     results=("output", "state"),
     saved={},
@@ -294,7 +296,7 @@ def retention_step(
     if backend == "reference":
         output, new = reference.retention_step(query, key, value, log_decay, state, scale)
         return output, state.copy_(new) if inplace else new
-    if differentiable or state.shape[2] != key_dim:
+    if differentiable or forward_ad._current_level >= 0 or state.shape[2] != key_dim:
         normalize = "none" if state.shape[2] == key_dim else "retnet"
         output, new = retention(
             *(query, key, value, log_decay),

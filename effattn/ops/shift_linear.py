@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks, reference
-from .._library import FusedGradient, Op, signed
+from .._library import Op, run_backward, signed, tangent_refusal
 from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
 from ..packed import PackedShiftWeight, quantize_power_of_two
 from ..reference.shift_add import NIBBLE_BITS
@@ -166,10 +167,11 @@ def _linear(op: str, input, weight: PackedShiftWeight, dense: Tensor | None, bia
         if bias is not None:
             bias = bias.float().contiguous()
         code = ACTIVATIONS.index(activation)
-        if dense is None and not torch.is_grad_enabled():
+        function = _ShiftLinear if forward_ad._current_level < 0 else _ShiftLinearTangent
+        if dense is None and function is _ShiftLinear and not torch.is_grad_enabled():
             output = shift_linear_fwd(backend, rows, weight.codes, weight.scale, bias, weight.bits, code)
         else:
-            output = _ShiftLinear.apply(backend, rows, weight.codes, weight.scale, bias, dense, weight.bits, code)
+            output = function.apply(backend, rows, weight.codes, weight.scale, bias, dense, weight.bits, code)
     return output.reshape(*input.shape[:-1], outputs)
 
 
@@ -196,15 +198,35 @@ class _ShiftLinear(torch.autograd.Function):
         grad_rows = grad_bias = grad_dense = None
         if ctx.needs_input_grad[1]:
             arguments = (ctx.backend, grad_output, codes, scale, ctx.in_features, ctx.bits)
-            if torch.is_grad_enabled():
-                grad_rows = FusedGradient.apply("shift_linear_bwd", *arguments)
-            else:
-                grad_rows = shift_linear_bwd(*arguments)
+            grad_rows = run_backward(shift_linear_bwd, *arguments)
         if ctx.needs_input_grad[4]:
             grad_bias = grad_output.float().sum(0)
         if ctx.needs_input_grad[5]:
             grad_dense = (grad_output.mT @ rows).to(ctx.dense_dtype)
         return None, grad_rows, None, None, grad_bias, grad_dense, None, None
+
+
+class _ShiftLinearTangent(_ShiftLinear):
+    """Jointly linear in the rows and the bias. Apart, for torch.compile takes no `jvp`."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _ShiftLinear.setup_context(ctx, inputs, output)
+        _, rows, codes, scale, _, dense, _, ctx.activation = inputs
+        ctx.save_for_forward(codes, scale, None if dense is None else rows)
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = rows.shape, rows.dtype
+
+    @staticmethod
+    def jvp(ctx, _backend, rows, _codes, scale, bias, dense, _bits, _activation):
+        linear = ("input", "bias") if ACTIVATIONS[ctx.activation] == "float" else ()
+        for name, tangent in (("scale", scale), ("weight", dense), ("input", rows), ("bias", bias)):
+            if tangent is not None and name not in linear:
+                raise NotImplementedError(tangent_refusal("shift_linear", name, linear))
+        codes, scale = ctx.saved_tensors[:2]
+        if rows is None:
+            rows = bias.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return _ShiftLinearTangent.apply(ctx.backend, rows, codes, scale, bias, None, ctx.bits, ctx.activation)
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -16,6 +16,7 @@ weighted_attention = Operator(
     family="size_weighted_attention",
     tensors=("query", "key", "value", "log_sizes"),
     differentiable=("query", "key", "value", "log_sizes"),
+    linear=("value",),
     options="float scale, bool wants_sizes",
 )
 """softmax(scale Q K^T + log_sizes_j) V. query (B, H, N, D); key, value (B, H, M, D); log_sizes (B, M) contiguous float32.

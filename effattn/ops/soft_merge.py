@@ -21,6 +21,7 @@ soft_merge_op = Operator(
     family="soft_merge",
     tensors=("tokens", "logits"),
     differentiable=("tokens", "logits"),
+    linear=("tokens",),
     options="",
     saved={"logsumexp": None},
     fake=_fake,

@@ -69,6 +69,7 @@ toeplitz = Operator(
     tensors=("query", "key", "value", "bias", "?plan"),
     differentiable=("query", "key", "value", "bias"),
     parameters=("bias", "plan"),
+    linear=("value",),
     options="SymInt grid_h, SymInt grid_w, bool is_causal, int method, float eps, bool needs_bias_gradient",
     saved={"normalizer": lambda *shape: shape[:3]},
     fake=_fake,

@@ -15,6 +15,7 @@ relative = Operator(
     tensors=("query", "key", "value", "?coefficient", "?bias"),
     differentiable=("query", "key", "value", "coefficient", "bias"),
     parameters=("coefficient", "bias"),
+    linear=("value",),
     options="SymInt grid_h, SymInt grid_w, bool is_causal, float scale",
 )
 """O = (softmax(scale Q K^T + B) * C) V; coefficient, bias: (H, (2 h - 1)(2 w - 1)) contiguous float32, as in ``toeplitz``."""

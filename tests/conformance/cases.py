@@ -945,20 +945,25 @@ def all_cases() -> list[Case]:
     return [case for op in _registry.operators() for case in CASES.get(op, ())]
 
 
-def case_and_backend(*, without: tuple[str, ...] = (), every_variant: bool = False) -> pytest.MarkDecorator:
+def case_and_backend(
+    *, without: tuple[str, ...] = (), every_variant: bool = False, beside_matrix: bool = False
+) -> pytest.MarkDecorator:
     """Parametrise over every case of every registered operator x every backend in its row of the registry.
 
-    Slow backends take the first variant of each operator unless ``every_variant``.
+    Slow backends take the first variant of each operator unless ``every_variant``. ``beside_matrix``: not the first variant
+    on the cpu backend, which test_torch_features.py holds to the same check.
     """
-    return pytest.mark.parametrize(("case", "backend"), list(_pairs(without, every_variant)))
+    return pytest.mark.parametrize(("case", "backend"), list(_pairs(without, every_variant, beside_matrix)))
 
 
-def _pairs(without: tuple[str, ...], every_variant: bool) -> Iterator:
+def _pairs(without: tuple[str, ...], every_variant: bool, beside_matrix: bool) -> Iterator:
     for case in all_cases():
         for backend in backends_of(case.op):
             if backend in without or (is_slow(backend) and case != CASES[case.op][0] and not every_variant):
                 continue
             if is_slow(backend) and case.same_kernels:
+                continue
+            if beside_matrix and backend == "cpu" and case == CASES[case.op][0]:
                 continue
             marks = [pytest.mark.gpu] if device_of(backend) == "cuda" else []
             yield pytest.param(case, backend, id=f"{case}-{backend}", marks=marks)
