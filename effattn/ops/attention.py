@@ -6,15 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _tuning, reference
 from .._checks import autocast
 from .._library import Operator
-from .._registry import REFERENCE, Backend, Problem, always, choose, cpu_kernel, register, triton_kernel
+from .._registry import (
+    KERNEL_DTYPES,
+    REFERENCE,
+    Backend,
+    Problem,
+    always,
+    choose,
+    cpu_kernel,
+    register,
+    triton_kernel,
+)
+from .._tuning_defaults import NEVER
 
-# Measured crossovers against torch's kernels (2 threads of a Zen 4, 2026-11). Below this many multiply-adds a call is all
-# overhead, and torch's C++ front end has less of it; and a block of queries shorter than this wastes our fp32 row tiles.
-SMALLEST_WORK = {torch.float32: 1 << 19, torch.bfloat16: 1 << 16, torch.float16: 1 << 16}
-SHORTEST_FLOAT32 = 4
+SMALLEST_WORK = _tuning.declare(
+    _tuning.Choice(
+        "attention.smallest_work",
+        1,
+        "multiply-adds of the scores from which the CPU kernel is faster than torch's",
+        {"dtype": KERNEL_DTYPES, "queries": (1, 2, 4, 8, 16)},
+        lambda value: type(value) is int and value >= 0,
+    )
+)
 
 attention = Operator(
     "attention",
@@ -26,11 +42,30 @@ attention = Operator(
 
 
 def _worth_it(problem: Problem) -> tuple[bool, str]:
-    if 0 <= problem.work < SMALLEST_WORK[problem.dtype]:
-        return False, f"{problem.work} multiply-adds: too little work to repay the call"
-    if problem.dtype == torch.float32 and 0 <= problem.length < SHORTEST_FLOAT32:
-        return False, f"float32 and fewer than {SHORTEST_FLOAT32} queries: torch's kernel is faster"
-    return True, "faster than torch's kernel on CPU"
+    if problem.work < 0:
+        return True, "faster than torch's kernel on CPU"
+    smallest, origin = _tuning.find(SMALLEST_WORK, problem.dtype, length_class(problem.length))
+    if problem.work >= smallest:
+        return True, "faster than torch's kernel on CPU"
+    if smallest >= NEVER:
+        return False, f"{problem.length} queries in {problem.dtype}: torch's kernel is faster ({origin})"
+    return False, f"{problem.work} multiply-adds, fewer than {smallest}: too little work to repay the call ({origin})"
+
+
+def length_class(queries: int) -> int:
+    """The power of two up to 16 that is at most ``queries``, by comparisons, for it may be symbolic."""
+    size = 1
+    while size < 16 and queries >= 2 * size:
+        size *= 2
+    return size
+
+
+def _notes(problem: Problem) -> list[str]:
+    if problem.device != "cpu" or problem.work < 0 or problem.dtype not in KERNEL_DTYPES:
+        return []
+    smallest, origin = _tuning.find(SMALLEST_WORK, problem.dtype, length_class(problem.length))
+    where = "nowhere" if smallest >= NEVER else f"from {smallest} multiply-adds of the scores"
+    return [f"with so many queries the CPU kernel is taken {where} ({origin}); this call has {problem.work}"]
 
 
 register(
@@ -118,7 +153,8 @@ def scaled_dot_product_attention(
         dtype = query.dtype
         if isinstance(attn_mask, Tensor):
             (attn_mask,) = autocast(attn_mask) if attn_mask.is_floating_point() else (attn_mask,)
-    backend = choose(op, backend, Problem(device, dtype, query.shape[-1], dropout_p, detail, length, work))
+    problem = Problem(device, dtype, query.shape[-1], dropout_p, detail, length, work)
+    backend = choose(op, backend, problem, lambda chosen: _notes(problem))
     if backend == "torch":
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
