@@ -83,7 +83,7 @@ def settle(name, place, features, before, after, predicted: tuple[float, float],
 
 
 def tune_attention(seconds: float) -> Iterator[Outcome]:
-    keys = list(itertools.product(*_tuning._choices[SMALLEST_WORK].fields.values()))
+    keys = list(itertools.product(*_tuning.CHOICES[SMALLEST_WORK].fields.values()))
     for dtype, queries in keys:
         yield _crossover(dtype, queries, timer(seconds / len(keys) / 8))
 
@@ -133,7 +133,7 @@ def _attention_calls(dtype, heads, queries, head_dim, keys) -> dict[str, Callabl
 
 
 def tune_retention(seconds: float) -> Iterator[Outcome]:
-    keys = list(itertools.product(*_tuning._choices[CPU_CHUNK].fields.values()))
+    keys = list(itertools.product(*_tuning.CHOICES[CPU_CHUNK].fields.values()))
     for dtype, width in keys:
         yield _chunk(dtype, width, timer(seconds / len(keys) / 3))
 
@@ -208,6 +208,11 @@ def main(argv: list[str] | None = None) -> int:
             return show()
         if arguments.clear:
             return clear()
+        if _is_busy() and not (arguments.force or arguments.dry_run):
+            print(
+                f"not tuned: {_busy()}.\nWhat is measured now would be wrong later; --dry-run shows it, --force keeps it"
+            )
+            return 1
         return tune(arguments.families or FAMILIES, arguments.seconds, arguments.dry_run)
     finally:
         torch.set_num_threads(threads)
@@ -221,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--dry-run", action="store_true", help="measure, print and write nothing")
     parser.add_argument("--show", action="store_true", help="print what is in force and where it comes from")
+    parser.add_argument("--force", action="store_true", help="write although other processes keep the machine busy")
     parser.add_argument("--clear", action="store_true", help="forget what was measured on this machine")
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="threads of the CPU; default: torch's")
     parser.add_argument(
@@ -255,9 +261,11 @@ def tune(families: Iterable[str], seconds: float, dry_run: bool) -> int:
         print(f"there is nothing to tune: {_native.problem}")
         return 1
     _print_machine()
-    outcomes = []
+    if _is_busy():
+        print(f"{_busy()}: do not trust what follows")
+    outcomes, settled = [], set()  # families share kernels
     for family in families:
-        found = list(_tune_family(family, seconds, has_gpu))
+        found = list(_tune_family(family, seconds, has_gpu, settled))
         if not found:
             print(f"{family}: nothing to tune without a GPU; its choices on a CPU are compiled in")
         outcomes += found
@@ -279,14 +287,14 @@ def tune(families: Iterable[str], seconds: float, dry_run: bool) -> int:
     return 0
 
 
-def _tune_family(family: str, seconds: float, has_gpu: bool) -> Iterator[Outcome]:
+def _tune_family(family: str, seconds: float, has_gpu: bool, settled: set) -> Iterator[Outcome]:
     on_cpu = {"attention": tune_attention, "retention": tune_retention, "toeplitz": tune_toeplitz}
     if family in on_cpu and _native.loaded:
         yield from on_cpu[family](seconds)
     if has_gpu:
         from . import _tune_triton
 
-        yield from _tune_triton.tune(family, seconds)
+        yield from _tune_triton.tune(family, seconds, settled)
 
 
 def show() -> int:
@@ -316,9 +324,15 @@ def clear() -> int:
 def _print_machine() -> None:
     print(f"{_tuning.cpu()}, {torch.get_num_threads()} threads")
     print(f"{_tuning.gpu(torch.cuda.current_device())}" if torch.cuda.is_available() else f"no GPU; {TILES}")
-    busy, processors = os.getloadavg()[0], os.cpu_count() or 1
-    if busy > 0.5 * processors:
-        print(f"other processes are at work (load {busy:.1f} on {processors} processors): less will repeat")
+
+
+def _is_busy() -> bool:
+    """By the processes that ran in the last minute; this one has hardly begun."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
+
+
+def _busy() -> str:
+    return f"other processes are at work (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors)"
 
 
 def _print_outcomes(outcomes: list[Outcome]) -> None:
@@ -327,23 +341,22 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
             continue
         mark = "changed" if o.repeats else "left as it was"
         print(f"\n{o.name} {_described(o.name, o.features)}: {mark}")
-        print(f"  before {_worded(o.before)} ({_tuning._found(o.name, o.place, o.features).origin})")
+        print(f"  before {_worded(o.before)} ({_tuning.found(o.name, o.place, o.features).origin})")
         print(f"  now    {_worded(o.kept)}")
         if o.predicted:
             print(f"  predicted {_milliseconds(o.predicted)}, measured again {_milliseconds(o.measured)}")
-        elif o.measured:
-            print(
-                f"  predictions of other sizes are off by a factor of {o.measured[0]:.2f} before, {o.measured[1]:.2f} now"
-            )
+        else:
+            old, new = o.measured
+            print(f"  predictions for other sizes are off by a factor of {old:.2f} before, {new:.2f} as measured now")
         if not o.repeats:
-            print(f"  it did not repeat: {_worded(o.after)} was not faster a second time" if o.predicted else "")
+            print(f"  {_worded(o.after)} " + ("was not faster again" if o.predicted else "predicts them no better"))
     changed = sum(o.kept != o.before for o in outcomes)
     left = sum(not o.repeats for o in outcomes)
     print(f"\n{len(outcomes)} choices measured, {changed} changed" + (f", {left} did not repeat" if left else ""))
 
 
 def _described(name: str, features: tuple) -> str:
-    fields = _tuning._choices[name].fields
+    fields = _tuning.CHOICES[name].fields
     return ", ".join(f"{field} {str(value).removeprefix('torch.')}" for field, value in zip(fields, features))
 
 

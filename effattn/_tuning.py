@@ -46,27 +46,27 @@ class Found(NamedTuple):
     origin: str  # "default" or "tuned <date>"
 
 
-_choices: dict[str, Choice] = {}
+CHOICES: dict[str, Choice] = {}
 _trial: dict[str, dict] = {}
 
 
 def declare(choice: Choice) -> str:
     """Enter a choice; its name, by which it is found."""
-    _choices[choice.name] = choice
+    CHOICES[choice.name] = choice
     return choice.name
 
 
 def choices(place: str = "") -> list[Choice]:
-    return [choice for choice in _choices.values() if place in ("", choice.place)]
+    return [choice for choice in CHOICES.values() if place in ("", choice.place)]
 
 
 def find(name: str, *features) -> Found:
     """What is in force on this CPU with torch's number of threads."""
-    return _found(name, torch.get_num_threads(), features)
+    return found(name, torch.get_num_threads(), features)
 
 
 def value(name: str, *features):
-    return _found(name, torch.get_num_threads(), features).value
+    return found(name, torch.get_num_threads(), features).value
 
 
 value._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import all of Dynamo
@@ -77,16 +77,31 @@ def find_on(device: torch.device, name: str, *features) -> Found:
     index = None
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _found(name, gpu(index), features)
+    return found(name, gpu(index), features)
 
 
 def tiles() -> str:
     """Where the tiles of Triton kernels on this GPU come from, in words."""
     place = gpu(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    tuned = [] if is_ignored() else [name for name in _entries() if name.startswith(f"effattn {__version__}; triton.")]
-    count = sum(name.split("; ")[2] == place for name in tuned)
+    count = 0 if is_ignored() else sum(_is_of(name, {place}, __version__) for name in _entries())
     default = f"tiles: {TILES}"
     return f"{default}; {count} tuned on this GPU" if count else f"{default} (default)"
+
+
+def summary() -> str:
+    """In one line, what ``info`` says of this machine's choices."""
+    if is_ignored():
+        return "shipped defaults: EFFATTN_TUNING=0"
+    machines = {cpu(), *(gpu(index) for index in range(torch.cuda.device_count()))}
+    here = {name: entry for name, entry in _entries().items() if _is_of(name, machines, __version__)}
+    if not here:
+        return "shipped defaults (python -m effattn tune measures)"
+    return f"{len(here)} choices measured here, last on {max(e['measured'] for e in here.values())}, in {path()}"
+
+
+def _is_of(name: str, machines: set[str], version: str | None = None) -> bool:
+    release, _, machine, *_ = *name.split("; "), "", "", ""
+    return machine in machines and version in (None, release.removeprefix("effattn "))
 
 
 def power_of_two(number, least: int, most: int) -> int:
@@ -111,7 +126,7 @@ def is_ignored() -> bool:
 
 def key(name: str, place: int | str, features: tuple) -> str:
     """What an entry of the file holds for. ``place``: threads of this CPU, or the name of a GPU."""
-    choice = _choices[name]
+    choice = CHOICES[name]
     if len(features) != len(choice.fields):
         raise ValueError(f"{name}: features must be {', '.join(choice.fields) or 'none'}, got {features}")
     parts = [f"effattn {__version__}", f"{name} {choice.version}"]
@@ -152,8 +167,8 @@ def _cpu_model() -> str:
 
 
 @functools.cache
-def _found(name: str, place: int | str, features: tuple) -> Found:
-    choice, wanted = _choices[name], key(name, place, features)
+def found(name: str, place: int | str, features: tuple) -> Found:
+    choice, wanted = CHOICES[name], key(name, place, features)
     entry = _trial.get(wanted) or ({} if is_ignored() else _entries().get(wanted))
     if entry:
         tuned = _restored(entry["value"])
@@ -166,11 +181,10 @@ def _found(name: str, place: int | str, features: tuple) -> Found:
 def _default(choice: Choice, features: tuple):
     if choice.place == "gpu":
         return None
-    columns = [allowed.index(feature) for feature, allowed in zip(features, choice.fields.values())]
-    found = shipped(choice.name, _native.isa() if _native.loaded else "")
-    for column in columns:
-        found = found[column]
-    return found
+    rows = shipped(choice.name, _native.isa() if _native.loaded else "")
+    for feature, allowed in zip(features, choice.fields.values()):
+        rows = rows[allowed.index(feature)]
+    return rows
 
 
 def _restored(value):
@@ -180,7 +194,7 @@ def _restored(value):
 
 def forget() -> None:
     """Read the file again at the next call."""
-    _found.cache_clear()
+    found.cache_clear()
     _entries.cache_clear()
 
 
@@ -188,13 +202,13 @@ def forget() -> None:
 def pretend(values: dict[str, Any]) -> Iterator[None]:
     """In this process, let the file hold ``values`` (key -> value) too."""
     _trial.update({name: {"value": value, "measured": "on trial"} for name, value in values.items()})
-    _found.cache_clear()
+    found.cache_clear()
     try:
         yield
     finally:
         for name in values:
             del _trial[name]
-        _found.cache_clear()
+        found.cache_clear()
 
 
 # ---- the file ----
@@ -264,7 +278,7 @@ def clear() -> int:
     removed = []
 
     def without(entries):
-        removed.extend(name for name in entries if name.split("; ")[2:3] and name.split("; ")[2] in machines)
+        removed.extend(name for name in entries if _is_of(name, machines))
         return {name: entry for name, entry in entries.items() if name not in removed}
 
     if path().exists():

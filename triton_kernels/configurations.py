@@ -210,7 +210,7 @@ LAUNCH = _tuning.declare(
         {
             "kernel": _AnyKernel(),
             "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
-            + (torch.int8, torch.uint8, torch.bool),
+            + (torch.int8, torch.uint8, torch.bool, None),
             "config": _AnyTile(),
         },
         _is_pair(WARPS, STAGES),
@@ -286,7 +286,7 @@ def launch(kernel, programs, device, config, *arguments, fuse=True, **constants)
     if programs == 0:
         return
     default = config.num_warps, config.num_stages
-    dtype = next(argument.dtype for argument in arguments if isinstance(argument, torch.Tensor))
+    dtype = next((argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)), None)
     features = kernel.__name__, dtype, tuple(config)
     num_warps, num_stages = _found(LAUNCH, device, default, *features)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
