@@ -316,7 +316,8 @@ def test_a_tuned_crossover_changes_the_backend_and_explain_says_so(capsys):
     with _tuning.pretend({key(SMALLEST_WORK, F32, 16): NEVER}):
         why = explained()
     assert why.backend == "torch"
-    assert "(tuned on trial)" in why.verdicts[0].reason
+    assert why.verdicts[0].reason == "float32: torch's kernel is faster"
+    assert "taken nowhere (tuned on trial)" in why.notes[0]
 
 
 def test_a_tuned_chunk_is_the_one_that_is_used(capsys):

@@ -22,12 +22,13 @@ from .._registry import (
 )
 from .._tuning_defaults import NEVER
 
+QUERIES = (1, 2, 4, 8, 16)  # the least of each class
 SMALLEST_WORK = _tuning.declare(
     _tuning.Choice(
         "attention.smallest_work",
         1,
         "multiply-adds of the scores from which the CPU kernel is faster than torch's",
-        {"dtype": KERNEL_DTYPES, "queries": (1, 2, 4, 8, 16)},
+        {"dtype": KERNEL_DTYPES, "queries": QUERIES},
         lambda value: type(value) is int and value >= 0,
     )
 )
@@ -44,20 +45,22 @@ attention = Operator(
 def _worth_it(problem: Problem) -> tuple[bool, str]:
     if problem.work < 0:
         return True, "faster than torch's kernel on CPU"
-    smallest, origin = _tuning.find(SMALLEST_WORK, problem.dtype, length_class(problem.length))
+    queries = length_class(problem.length)
+    smallest = _tuning.find(SMALLEST_WORK, problem.dtype, queries).value
     if problem.work >= smallest:
         return True, "faster than torch's kernel on CPU"
-    if smallest >= NEVER:
-        return False, f"{problem.length} queries in {problem.dtype}: torch's kernel is faster ({origin})"
-    return False, f"{problem.work} multiply-adds, fewer than {smallest}: too little work to repay the call ({origin})"
+    if smallest < NEVER:
+        return False, f"{problem.work} multiply-adds: too little work to repay the call"
+    served = (n for n in QUERIES if n > queries and _tuning.find(SMALLEST_WORK, problem.dtype, n).value < NEVER)
+    dtype, more = str(problem.dtype).removeprefix("torch."), next(served, None)
+    return False, f"{dtype}{f' and fewer than {more} queries' if more else ''}: torch's kernel is faster"
 
 
 def length_class(queries: int) -> int:
-    """The power of two up to 16 that is at most ``queries``, by comparisons, for it may be symbolic."""
-    size = 1
-    while size < 16 and queries >= 2 * size:
-        size *= 2
-    return size
+    """The class of so many queries, by comparisons, for the number may be symbolic."""
+    if queries >= QUERIES[-1]:
+        return QUERIES[-1]
+    return next((least for least in reversed(QUERIES) if queries >= least), 1)
 
 
 def _notes(problem: Problem) -> list[str]:
