@@ -18,7 +18,7 @@ from conformance import require
 import effattn
 from effattn import _registry, _tune, _tuning, _tuning_defaults
 from effattn.__main__ import main
-from effattn.ops import toeplitz_costs
+from effattn.ops import toeplitz_costs, toeplitz_methods
 from effattn.ops.attention import SMALLEST_WORK, length_class
 from effattn.ops.retention import CPU_CHUNK
 
@@ -72,6 +72,7 @@ def test_ten_thousand_lengths_make_few_keys_and_none_holds_a_length(monkeypatch)
 
 
 def test_calls_of_many_lengths_look_up_few_keys(monkeypatch):
+    require("retention", "cpu")
     found, log_decay = looked_up(monkeypatch), torch.zeros(1)
     for tokens in range(37, 337):
         x = torch.empty(1, 1, tokens, 8)
@@ -460,15 +461,15 @@ def test_a_busy_machine_is_not_tuned(cache, few, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to tune")
 def test_a_family_of_nothing_to_tune_says_so(cache, capsys):
+    require("shift_linear", "cpu")
     assert main(["tune", "shift_add"]) == 0
     assert "there is nothing to tune" in capsys.readouterr().out
     assert not cache.exists()
 
 
 def test_costs_are_kept_where_they_predict_better(monkeypatch, capsys):
+    require("toeplitz_linear_attention", "cpu")
     costs = (1.0, 2.0, 3.0, 4.0)
-    from effattn.ops import toeplitz_methods
-
     heads = toeplitz_costs._heads()
     real = dict(zip(toeplitz_costs.SHAPES, toeplitz_methods.predicted(costs, *_tune.CHECK, heads=heads)))
     monkeypatch.setattr(_tune, "timer", lambda *args: lambda calls: {name: real[name] for name in calls})
