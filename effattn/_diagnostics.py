@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _native, _registry
+from . import _native, _registry, _tuning
 from ._version import __version__
 
 OLDEST_TORCH = (2, 10)
@@ -28,7 +28,8 @@ def info() -> int:
     print(f"cpu library  {_cpu_library()}")
     print(f"cuda library {_native.CUDA_LIBRARY.name if _native.cuda_loaded else f'none: {_native.cuda_problem}'}")
     print(f"gpu          {_gpu()}")
-    for name in ("EFFATTN_BACKEND", "EFFATTN_CPU_ISA", "TRITON_INTERPRET"):
+    print(f"tuning       {_tuning.summary()}")
+    for name in ("EFFATTN_BACKEND", "EFFATTN_CPU_ISA", "EFFATTN_TUNING", "TRITON_INTERPRET"):
         if os.environ.get(name):
             print(f"{name}={os.environ[name]}")
     if not _native.loaded:

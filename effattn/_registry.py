@@ -145,7 +145,11 @@ def _log_fallback(op: str, problem: Problem) -> None:
 def _explain_choice(op: str, requested: str, problem: Problem, notes) -> _Explained:
     found = verdicts(op, problem, auto=requested == "auto")
     chosen = next((v.backend for v in found if v.ok and requested in ("auto", v.backend)), None)
-    further = notes(chosen) if notes is not None and chosen is not None else ()
+    further = list(notes(chosen)) if notes is not None and chosen is not None else []
+    if chosen == "triton":
+        from . import _tuning
+
+        further.append(_tuning.tiles())
     return _Explained(op, requested, found, chosen, further)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +10,11 @@ import torch
 from conformance import assert_within_budget, require
 
 import effattn
-from effattn.__main__ import main
+from effattn import _tuning
 from effattn.ops import toeplitz_costs, toeplitz_methods
 
 AUTO, DIRECT, FFT, STRUCTURED = range(4)
 FFT_FREE = (1.0, 1e-9, 2e-9, 1.0)
-COMMAND = "python -m effattn tune"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("EFFATTN_CACHE_DIR", str(tmp_path))
-    toeplitz_costs.forget()
-    yield tmp_path / "toeplitz.json"
-    toeplitz_costs.forget()
 
 
 def offsets(tokens):
@@ -306,63 +294,6 @@ def test_a_bias_that_is_trained_gets_its_gradient():
 # ---- costs ----
 
 
-def entry(values, threads=None, version=effattn.__version__):
-    name = toeplitz_costs.key(torch.get_num_threads() if threads is None else threads)
-    return {
-        name.replace(f"effattn {effattn.__version__}", f"effattn {version}"): dict(zip(toeplitz_costs.NAMES, values))
-    }
-
-
-def test_costs_are_read_once_from_the_file(own_cache):
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-    own_cache.write_text(json.dumps(entry((1, 2, 3, 4))))
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-    toeplitz_costs.forget()
-    assert toeplitz_costs.costs() == (1, 2, 3, 4)
-    own_cache.unlink()
-    assert toeplitz_costs.costs() == (1, 2, 3, 4)
-
-
-def good(values, **changes):
-    (name, costs), *_ = entry(values).items()
-    return json.dumps({name: {**costs, **changes}})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (lambda: "", "is ignored"),
-        (lambda: '{"half": ', "is ignored"),
-        (lambda: "[]", "does not hold an object"),
-        (lambda: json.dumps({"effattn": {"direct_ns": 1}}), "does not hold direct_ns, fft_ns"),
-        (lambda: good((1, 2, 3, 4), fft_ns=0), "must be a positive number, got 0"),
-        (lambda: good((1, 2, 3, 4), fft_ns="2"), "must be a positive number"),
-        (lambda: good((1, 2, 3, 4), fft_ns=float("nan")), "must be a positive number"),
-        (lambda: json.dumps(entry((1, 2, 3, 4), version="0.0.0")), COMMAND),
-        (lambda: json.dumps(entry((1, 2, 3, 4), threads=1000)), COMMAND),
-    ],
-)
-def test_a_file_of_something_else_is_ignored_and_logged(own_cache, caplog, text, message):
-    caplog.set_level(logging.INFO, logger="effattn")
-    own_cache.write_text(text())
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-    (record,) = caplog.records
-    assert record.levelno == logging.INFO
-    assert message in record.getMessage()
-    assert str(own_cache) in record.getMessage()
-
-
-def test_a_directory_that_cannot_be_read_is_no_error(own_cache, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, logger="effattn")
-    own_cache.mkdir()  # a folder where the file should be
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-    assert "not readable" in caplog.text
-    monkeypatch.setenv("EFFATTN_CACHE_DIR", str(own_cache / "missing"))
-    toeplitz_costs.forget()
-    assert toeplitz_costs.costs() == toeplitz_costs.DEFAULTS
-
-
 @pytest.fixture
 def pretended(monkeypatch):
     """Calls that take as long as costs of (0.5, 0.25, 0.125, 2) nanoseconds would make them."""
@@ -378,36 +309,25 @@ def pretended(monkeypatch):
     return truth
 
 
-def test_measured_costs_are_kept_beside_those_of_other_thread_counts(own_cache, pretended):
-    own_cache.write_text(json.dumps({**entry((1, 2, 3, 4), threads=77), **entry((1, 2, 3, 4), version="0.0.0")}))
-    assert toeplitz_costs.measure() == pytest.approx(pretended)
-    assert toeplitz_costs.costs() == pytest.approx(pretended)
-    kept = json.loads(own_cache.read_text())
-    assert set(kept) == {toeplitz_costs.key(77), toeplitz_costs.key(torch.get_num_threads())}
+def test_costs_are_found_from_what_calls_take(pretended):
+    assert toeplitz_costs.measured() == pytest.approx(pretended)
 
 
-def test_a_write_that_fails_leaves_the_old_file(own_cache, pretended, monkeypatch, capsys):
-    own_cache.write_text(before := json.dumps(entry((1, 2, 3, 4))))
-
-    def fail(*_):
-        raise PermissionError("no")
-
-    monkeypatch.setattr(os, "replace", fail)
-    assert main(["tune"]) == 1
-    assert "not kept: no" in capsys.readouterr().out
-    assert own_cache.read_text() == before
-    assert [path.name for path in own_cache.parent.iterdir()] == [own_cache.name]
-
-
-def test_tune_prints_costs_before_and_now_and_the_crossover(pretended, capsys):
-    assert main(["tune"]) == 0
-    shown = capsys.readouterr().out
-    for name, old, new in zip(toeplitz_costs.NAMES, toeplitz_costs.DEFAULTS, pretended):
-        (line,) = [line for line in shown.splitlines() if line.startswith(name)]
-        assert line.split() == [name, f"{old:.4f}", f"{new:.4f}"]
+def test_crossover_is_where_predictions_meet(pretended):
     crossover = toeplitz_costs.crossover(pretended)
     faster = [toeplitz_methods.predicted(pretended, n, 32, 64) for n in (crossover - 1, crossover)]
     assert faster[0][1] >= faster[0][0]
     assert faster[1][1] < faster[1][0]
-    assert f"N = {crossover} now" in shown
     assert toeplitz_costs.crossover((1e-9, 1, 1, 1)) is None
+
+
+def test_tuned_costs_choose_the_method(capsys):
+    require("toeplitz_linear_attention", "cpu")
+    given = (*features(0, 96, 8, 12).values(), torch.randn(2, 191))
+    key = _tuning.key(toeplitz_costs.COSTS, torch.get_num_threads(), ())
+    for costs, method in (((1.0, 1e-9, 2e-9, 1.0), "fft"), ((1e-9, 1.0, 1.0, 1.0), "direct")):
+        with _tuning.pretend({key: costs}):
+            notes = effattn.explain(effattn.toeplitz_linear_attention, *given).notes
+        assert notes[-2].startswith(f"method {method}")
+        assert notes[-1] == "costs of a unit of work: tuned on trial"
+    assert effattn.explain(effattn.toeplitz_linear_attention, *given).notes[-1].endswith("default")

@@ -1,7 +1,7 @@
 """Tile shapes, warps and pipeline depth of every engine kernel: by chip family, element width and BLOCK_D, never by a length.
 
-Chosen by ahead-of-time compiles: none spills, and each fits its chip's shared memory (tests/test_triton_compile.py). A chip has
-two tables. Tiles of the first hold for any policy and any head_dim. Lean policies, whose terms take few registers, get the
+Chosen by ahead-of-time compiles: none spills, and each fits its chip's shared memory (tests/test_triton_compile.py). None was
+timed: `python -m effattn tune` does, and what it kept for the GPU at hand wins over these tables. A chip has two tables. Tiles of the first hold for any policy and any head_dim. Lean policies, whose terms take few registers, get the
 larger tiles of the second where head_dim fills BLOCK_D, so that no load needs a mask along it.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+
+from .. import _tuning
 
 
 class Configuration(NamedTuple):
@@ -158,8 +160,101 @@ def block_d(head_dim):
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def configuration(kernel, query, lean=False, heavy=False):
-    """The tuned choice for an engine kernel; `lean` and `heavy` are the policy's word on its registers."""
+BLOCKS = (16, 32, 64, 128)
+WARPS, STAGES = (1, 2, 4, 8), (1, 2, 3, 4)
+FREE = KERNELS[:3]  # a gradient of parameters has square tiles, whose number its partial sums are laid out for
+
+
+def _is_pair(first, second):
+    return lambda value: isinstance(value, tuple) and len(value) == 2 and value[0] in first and value[1] in second
+
+
+TILE = _tuning.declare(
+    _tuning.Choice(
+        "triton.tile",
+        1,
+        "rows and columns of an engine kernel's tile",
+        {
+            "kernel": tuple(f"{owner}.{kernel}" for owner in ("engine", "toeplitz") for kernel in FREE),
+            "width": ("half", "single"),
+            "lean": (False, True),
+            "heavy": (False, True, "columns"),
+            "block_d": BLOCK_DS,
+        },
+        _is_pair(BLOCKS, BLOCKS),
+        "gpu",
+    )
+)
+
+
+class _AnyTile:
+    """The tiles that the tables hold, and those that tuning made of them; none depends on a length."""
+
+    def __contains__(self, config):
+        return all(type(number) in (int, bool) and 0 <= number <= 1024 for number in config)
+
+    def __repr__(self):
+        return "numbers up to 1024"
+
+
+class _AnyKernel:
+    def __contains__(self, name):
+        return name.isidentifier()
+
+
+LAUNCH = _tuning.declare(
+    _tuning.Choice(
+        "triton.launch",
+        1,
+        "warps of a program and stages of its pipeline, by the configuration that the tables give",
+        {
+            "kernel": _AnyKernel(),
+            "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
+            + (torch.int8, torch.uint8, torch.bool, None),
+            "config": _AnyTile(),
+        },
+        _is_pair(WARPS, STAGES),
+        "gpu",
+    )
+)
+
+
+def candidates(choice, default):
+    """A short list of what might be faster than `default`: its neighbours."""
+    first, second = default
+    doubled = (first // 2, first, first * 2)
+    if choice == TILE:
+        allowed = BLOCKS, BLOCKS
+        pairs = [(m, n) for m in doubled for n in (second // 2, second, second * 2)]
+    else:
+        allowed = WARPS, STAGES
+        pairs = [(warps, stages) for warps in doubled for stages in (second - 1, second, second + 1)]
+    return [pair for pair in pairs if pair != default and pair[0] in allowed[0] and pair[1] in allowed[1]]
+
+
+asked = None
+"""While tuning: a dict that collects what was looked up, (choice, features) -> the default."""
+
+
+def _found(choice, device, default, *features):
+    if asked is not None:
+        asked[choice, features] = default
+    return _tuning.find_on(device, choice, *features).value or default
+
+
+def configuration(kernel, query, lean=False, heavy=False, owner="engine"):
+    """The choice for a kernel of the engine, or of an `owner` that takes its tiles; `lean` and `heavy` are the policy's word
+    on its registers."""
+    config = _shipped(kernel, query, lean, heavy)
+    if kernel not in FREE or query.device.type not in ("cuda", "cpu"):
+        return config
+    width = "single" if query.dtype == torch.float32 else "half"
+    features = f"{owner}.{kernel}", width, bool(lean), heavy, block_d(query.shape[3])
+    block_m, block_n = _found(TILE, query.device, config[:2], *features)
+    return config._replace(block_m=block_m, block_n=block_n)
+
+
+def _shipped(kernel, query, lean, heavy):
     width = "single" if query.dtype == torch.float32 else "half"
     head_dim = query.shape[3]
     if kernel == "row_delta":
@@ -190,8 +285,10 @@ def launch(kernel, programs, device, config, *arguments, fuse=True, **constants)
     """Run a kernel on a one-dimensional grid, on the current stream of the tensors' device; `fuse` lets a * b + c round once."""
     if programs == 0:
         return
+    default = config.num_warps, config.num_stages
+    dtype = next((argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)), None)
+    features = kernel.__name__, dtype, tuple(config)
+    num_warps, num_stages = _found(LAUNCH, device, default, *features)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](
-            *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=fuse
-        )
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse)

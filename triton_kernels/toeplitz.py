@@ -49,7 +49,7 @@ def _configuration(kernel, query, value):
         fills = False  # operands of TF32 take twice the registers
     if (kernel, chip, table.block_d(max(key_dim, value_dim))) == ("key_value_gradient", "sm_100", 128):
         fills = False  # the larger tile spills
-    config = table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills)
+    config = table.configuration(kernel, query if key_dim >= value_dim else value, lean=fills, owner="toeplitz")
     if kernel == "parameter_gradient" and not fills and config.block_m == 32:  # pointers of narrow loads are many
         if chip == "sm_120" and max(key_dim, value_dim) > 64:
             return config._replace(block_m=16, block_n=16)

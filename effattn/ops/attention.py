@@ -6,15 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, reference
+from .. import _checks, _tuning, reference
 from .._checks import autocast
 from .._library import Operator
-from .._registry import REFERENCE, Backend, Problem, always, choose, cpu_kernel, register, triton_kernel
+from .._registry import (
+    KERNEL_DTYPES,
+    REFERENCE,
+    Backend,
+    Problem,
+    always,
+    choose,
+    cpu_kernel,
+    register,
+    triton_kernel,
+)
+from .._tuning_defaults import NEVER
 
-# Measured crossovers against torch's kernels (2 threads of a Zen 4, 2026-11). Below this many multiply-adds a call is all
-# overhead, and torch's C++ front end has less of it; and a block of queries shorter than this wastes our fp32 row tiles.
-SMALLEST_WORK = {torch.float32: 1 << 19, torch.bfloat16: 1 << 16, torch.float16: 1 << 16}
-SHORTEST_FLOAT32 = 4
+QUERIES = (1, 2, 4, 8, 16)  # the least of each class
+SMALLEST_WORK = _tuning.declare(
+    _tuning.Choice(
+        "attention.smallest_work",
+        1,
+        "multiply-adds of the scores from which the CPU kernel is faster than torch's",
+        {"dtype": KERNEL_DTYPES, "queries": QUERIES},
+        lambda value: type(value) is int and value >= 0,
+    )
+)
 
 attention = Operator(
     "attention",
@@ -27,11 +44,32 @@ attention = Operator(
 
 
 def _worth_it(problem: Problem) -> tuple[bool, str]:
-    if 0 <= problem.work < SMALLEST_WORK[problem.dtype]:
+    if problem.work < 0:
+        return True, "faster than torch's kernel on CPU"
+    queries = length_class(problem.length)
+    smallest = _tuning.find(SMALLEST_WORK, problem.dtype, queries).value
+    if problem.work >= smallest:
+        return True, "faster than torch's kernel on CPU"
+    if smallest < NEVER:
         return False, f"{problem.work} multiply-adds: too little work to repay the call"
-    if problem.dtype == torch.float32 and 0 <= problem.length < SHORTEST_FLOAT32:
-        return False, f"float32 and fewer than {SHORTEST_FLOAT32} queries: torch's kernel is faster"
-    return True, "faster than torch's kernel on CPU"
+    served = (n for n in QUERIES if n > queries and _tuning.find(SMALLEST_WORK, problem.dtype, n).value < NEVER)
+    dtype, more = str(problem.dtype).removeprefix("torch."), next(served, None)
+    return False, f"{dtype}{f' and fewer than {more} queries' if more else ''}: torch's kernel is faster"
+
+
+def length_class(queries: int) -> int:
+    """The class of so many queries, by comparisons, for the number may be symbolic."""
+    if queries >= QUERIES[-1]:
+        return QUERIES[-1]
+    return next((least for least in reversed(QUERIES) if queries >= least), 1)
+
+
+def _notes(problem: Problem) -> list[str]:
+    if problem.device != "cpu" or problem.work < 0 or problem.dtype not in KERNEL_DTYPES:
+        return []
+    smallest, origin = _tuning.find(SMALLEST_WORK, problem.dtype, length_class(problem.length))
+    where = "nowhere" if smallest >= NEVER else f"from {smallest} multiply-adds of the scores"
+    return [f"with so many queries the CPU kernel is taken {where} ({origin}); this call has {problem.work}"]
 
 
 register(
@@ -152,7 +190,8 @@ def _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         dtype = query.dtype
         if isinstance(attn_mask, Tensor):
             (attn_mask,) = autocast(attn_mask) if attn_mask.is_floating_point() else (attn_mask,)
-    backend = choose(op, backend, Problem(device, dtype, query.shape[-1], dropout_p, detail, length, work))
+    problem = Problem(device, dtype, query.shape[-1], dropout_p, detail, length, work)
+    backend = choose(op, backend, problem, lambda chosen: _notes(problem))
     if backend == "torch":
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _checks, reference
+from .. import _checks, _tuning, reference
 from .._library import Op, Operator
-from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
+from .._registry import (
+    KERNEL_DTYPES,
+    REFERENCE,
+    Backend,
+    Problem,
+    choose,
+    cpu_kernel,
+    cuda_kernel,
+    register,
+    triton_kernel,
+)
 from ..reference.retention import powers, xpos_rotation
 from .retention_checks import check_decay, check_sequences, check_state, check_tensors, chunk_of
 
@@ -19,6 +29,15 @@ MAX_VALUE_DIM = 512
 DEFAULT_CHUNK = 64  # what FLOPs are counted for
 CUDA_CHUNK, TRITON_CHUNK = 64, 128  # most tokens of a tile
 TRITON_TILE_BYTES = 32768  # most bytes of its keys
+CPU_CHUNK = _tuning.declare(
+    _tuning.Choice(
+        "retention.chunk",
+        1,
+        "tokens of a chunk on CPU where a call asks for none; fewer tokens than that are one chunk, the parallel form",
+        {"dtype": KERNEL_DTYPES, "width": (16, 32, 64, 128, 256, MAX_VALUE_DIM)},
+        lambda value: type(value) is int and 2 <= value <= 4096,
+    )
+)
 
 
 def _flops(query, key, value, is_causal, chunk_size, *rest) -> int:
@@ -208,7 +227,7 @@ def retention(
     if initial_state is not None:
         check_state(op, "initial_state", initial_state, query, value, sequences, (query.shape[3] + extra,))
     query, key, value = _checks.autocast(query, key, value)
-    backend = choose(op, backend, _problem(query, value, chunk))
+    backend = choose(op, backend, _problem(query, value, chunk), lambda chosen: _notes(chosen, query, value, chunk))
     if backend == "reference":
         if cu_seqlens is not None and cu_seqlens.is_meta:
             raise NotImplementedError(f"{op}: cu_seqlens is on the meta device, and the reference has to read it")
@@ -217,6 +236,8 @@ def retention(
             chunk_size=_reference_chunk(method, chunk, is_causal),
             cu_seqlens=cu_seqlens,
         )
+    if backend == "cpu" and method in ("auto", "chunkwise") and chunk_size is None:
+        chunk = _tuning.value(CPU_CHUNK, query.dtype, _width(query, value))
     log_decay, state = log_decay.float().contiguous(), initial_state
     row_scale = sums = None
     if extra:
@@ -446,6 +467,18 @@ def _log_decay(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 def _problem(query: Tensor, value: Tensor, chunk) -> Problem:
     detail = f"value's head_dim {value.shape[3]} is above {MAX_VALUE_DIM}" if value.shape[3] > MAX_VALUE_DIM else ""
     return Problem(query.device.type, query.dtype, query.shape[3], detail=detail, chunk_size=chunk)
+
+
+def _width(query: Tensor, value: Tensor) -> int:
+    """The class of a state's sides."""
+    return max(*(_tuning.power_of_two(tensor.shape[3], 16, MAX_VALUE_DIM) for tensor in (query, value)))
+
+
+def _notes(chosen: str, query: Tensor, value: Tensor, chunk) -> list[str]:
+    if chosen != "cpu" or chunk:
+        return []
+    tokens, origin = _tuning.find(CPU_CHUNK, query.dtype, _width(query, value))
+    return [f"chunks of {tokens} tokens ({origin})"]
 
 
 def _reference_chunk(method: str, chunk, is_causal: bool):

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _tuning
 from .._library import Op
-from .toeplitz_costs import costs
+from .toeplitz_costs import COSTS, costs
 
 METHODS = ("auto", "direct", "fft", "structured")
 BY_PLAN, DIRECT, FFT, DOUBLE_FFT, STRUCTURED = range(5)
@@ -121,4 +122,5 @@ def notes(method: str, chosen: int, report: Tensor) -> list[str]:
         lines.append(f"method {'->' if code == chosen else '  '} {NAMES[code]:<15} {cost}{why}")
     asked = "the fastest accurate one" if method == "auto" else f"as asked: {method!r}"
     lines.append(f"method {NAMES[chosen]}: {asked}; the bias ranges over {found['range']:.1f} nats")
+    lines.append(f"costs of a unit of work: {_tuning.find(COSTS).origin}")
     return lines
