@@ -22,6 +22,9 @@ attention = Operator(
     tensors=("query", "key", "value", "?attn_mask"),
     differentiable=("query", "key", "value"),
     options="bool is_causal, float scale",
+    axes=dict.fromkeys(("query", "attn_mask", "output", "logsumexp"), "batch heads queries"),
+    splits="batch heads queries",
+    whole=lambda query, key, value, attn_mask, is_causal, scale: "queries" if is_causal else "",
 )
 
 

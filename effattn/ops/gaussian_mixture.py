@@ -18,6 +18,7 @@ gaussian_mixture = Operator(
     differentiable=(*_QKV, "alpha", "sigma"),
     parameters=("alpha", "sigma"),
     options="SymInt grid_h, SymInt grid_w, SymInt num_prefix_tokens, float eps, float scale",
+    axes=dict.fromkeys(("alpha", "sigma"), "gaussians heads"),
 )
 
 masked_product = Operator(

@@ -146,7 +146,7 @@ def manhattan_attention(
 def _table(log_decay: Tensor, size: tuple[int, int], decay: str, unit: int) -> Tensor:
     """log_decay D by (dy, dx), or gamma^D: (H, 2 h - 1, 2 w - 1) float32; ``unit``: distance of neighbours."""
     dy, dx = (torch.arange(1 - extent, extent, device=log_decay.device).abs() * unit for extent in size)
-    table = decay_logits(log_decay.float(), dy[:, None] + dx)
+    table = decay_logits(log_decay.float(), _checks.constant(dy[:, None] + dx, log_decay))
     return table.exp() if decay == "weights" else table
 
 
