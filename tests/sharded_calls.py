@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,8 +10,10 @@ from typing import NamedTuple
 import torch
 from conformance.cases import CASES, Case, Shape
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
 
 import effattn
 
@@ -19,7 +22,6 @@ WITHOUT_HEADS = ("attn_mask", "sizes", "key_padding_mask")
 """Tensors of attention whose second dimension is not heads, or is one head for all."""
 HEADS_OF_PARAMETERS = {"alpha": 1, "sigma": 1, "bias_table": 1}
 """Where it is not dimension 0, or where it is and the parameter has as many rows as heads."""
-FREE = "no communication"
 
 
 class Call(NamedTuple):
@@ -49,13 +51,11 @@ def calls() -> dict[str, dict[str, Call]]:
     """Operator -> name of the call -> call."""
     found = {op: {} for op in CASES}
     for op, cases in CASES.items():
-        for case in cases:
-            once = ("nothing",) if case == cases[0] else ()
-            for axis in ("batch", "heads", *once, *(("queries",) if _splits_queries(case) else ())):
+        for number, case in enumerate(cases):
+            axes = ("batch", "heads", "nothing") if number == 0 else (("heads", "batch")[number % 2],)
+            for axis in (*axes, *(("queries",) if _splits_queries(case) else ())):
                 found[op][f"{case.variant or 'plain'}, {axis}"] = _attention(case, axis)
-    for op, more in _elsewhere().items():
-        found[op] = more
-    return found
+    return {**found, **_elsewhere()}
 
 
 def _splits_queries(case: Case) -> bool:
@@ -210,11 +210,12 @@ def _elsewhere() -> dict[str, dict[str, Call]]:
     }
 
 
-def run(call: Call, place: Callable[[str, Tensor], Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def run(call: Call, place: Callable[[str, Tensor], Tensor], after_forward: Callable = lambda: None):
     """Results of the call, and gradients of a weighted sum of them, of arguments that ``place`` made."""
     leaves = {name: place(name, tensor) for name, tensor in call.tensors.items()}
     results = call.function(**leaves)
     results = results if isinstance(results, tuple) else (results,)
+    after_forward()
     smooth = [r for r in results if r.requires_grad]
     if smooth:
         torch.autograd.backward(smooth, [_weights(r) for r in smooth])
@@ -238,17 +239,109 @@ def alone(call: Call):
 def on_mesh(call: Call, mesh) -> dict:
     """What a rank finds: whole tensors, placements, and how often it communicated."""
 
+    def placement(name: str) -> list:
+        return [Shard(call.shards[name]) if name in call.shards else Replicate()]
+
+    return _observed(call, mesh, placement)
+
+
+def _observed(call: Call, mesh, placements: Callable[[str], list], *, count: bool = True) -> dict:
     def place(name: str, tensor: Tensor) -> Tensor:
-        placement = Shard(call.shards[name]) if name in call.shards else Replicate()
-        placed = distribute_tensor(tensor.clone(), mesh, [placement], src_data_rank=None)
+        placed = distribute_tensor(tensor.clone(), mesh, placements(name), src_data_rank=None)
         return placed.requires_grad_(call.wants(name))
 
-    with CommDebugMode() as communication:
-        results, gradients = run(call, place)
+    communication = CommDebugMode()
+    with communication if count else contextlib.nullcontext():  # torch.compile refuses to run under such a mode
+        forward = []
+        results, gradients = run(call, place, lambda: forward.append(communication.get_total_counts() if count else 0))
     return {
-        "communications": communication.get_total_counts(),
+        "communications of the forward": forward[0],
+        "communications": {str(op): times for op, times in communication.get_comm_counts().items() if times},
         "results": [r.full_tensor().detach() for r in results],
         "result placements": [r.placements for r in results],
         "gradients": {name: g.full_tensor() for name, g in gradients.items()},
         "gradient placements": {name: g.placements for name, g in gradients.items()},
     }
+
+
+# ---- beyond one call on one mesh ----
+
+
+def mixture(batch: int = 2, heads: int = 4) -> Call:
+    case = CASES["gaussian_mixture_attention"][0]
+    shape = SHAPE.with_(batch=batch, heads=heads)
+    options = {**case.options(shape), "backend": "cpu"}
+    return Call(lambda **t: case.function(**t, **options), case.tensors(shape), {}, (), True, case.differentiable)
+
+
+def grouped(heads: int, key_heads: int) -> Call:
+    query, key = torch.randn(2, heads, 5, 8), torch.randn(2, key_heads, 7, 8)
+    return Call(
+        lambda query, key: effattn.scaled_dot_product_attention(query, key, key, enable_gqa=True, backend="cpu"),
+        {"query": query, "key": key},
+        {"query": 1, "key": 1},
+        (1,),
+    )
+
+
+def more_calls() -> dict[str, Call]:
+    """Calls on a mesh of one dimension whose slices are not all alike."""
+    by_batch = {"query": 0, "key": 0, "value": 0}
+    by_heads = {"query": 1, "key": 1, "value": 1, "alpha": 1, "sigma": 1}
+    torch.manual_seed(0)
+    return {
+        "a batch of 3": mixture(batch=3)._replace(shards=by_batch, results=(0,)),
+        "a batch of 1, one rank has nothing": mixture(batch=1)._replace(shards=by_batch, results=(0,)),
+        "3 heads": mixture(heads=3)._replace(shards=by_heads, results=(1,)),
+        "groups of heads": grouped(4, 2),
+        "groups of heads that do not divide": grouped(6, 3)._replace(free=False),
+    }
+
+
+def on_other_meshes(world_size: int) -> dict:
+    line = init_device_mesh("cpu", (world_size,))
+    found = {name: on_mesh(call, line) for name, call in more_calls().items()}
+
+    def both(name: str) -> list:
+        return [Replicate(), Shard(1)] if name in ("alpha", "sigma") else [Shard(0), Shard(1)]
+
+    plane = init_device_mesh("cpu", (world_size, 1))
+    found["batch and heads"] = _observed(mixture(), plane, both)
+    found["reference"] = _reference(line)
+    found["compiled"] = _compiled(line)
+    found["in place"] = _in_place(line)
+    return found
+
+
+def _reference(mesh) -> Tensor:
+    """The reference mixes in tables of its own, the same on every rank: the caller says so to DTensor."""
+    tensors = {
+        name: distribute_tensor(t, mesh, [Shard(0) if name in ("query", "key", "value") else Replicate()])
+        for name, t in mixture().tensors.items()
+    }
+    with implicit_replication():
+        output = effattn.gaussian_mixture_attention(
+            **tensors, grid=SHAPE.grid, num_prefix_tokens=SHAPE.prefix, backend="reference"
+        )
+    return output.full_tensor()
+
+
+def _compiled(mesh) -> dict:
+    call = mixture()
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")
+
+    def placement(name: str) -> list:
+        return [Shard(0) if name in ("query", "key", "value") else Replicate()]
+
+    return _observed(call._replace(function=lambda **t: compiled(**t)), mesh, placement, count=False)
+
+
+def _in_place(mesh) -> str:
+    state = distribute_tensor(torch.zeros(2, 2, 4, 4), mesh, [Shard(0)])
+    x = distribute_tensor(torch.zeros(2, 2, 1, 4), mesh, [Shard(0)])
+    decay = distribute_tensor(torch.zeros(2), mesh, [Replicate()])
+    try:
+        effattn.retention_step(x, x, x, decay, state, inplace=True, backend="cpu")
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing was raised"
