@@ -8,7 +8,6 @@ second. Everything outside the attention (projections, MLPs, norms, convolutions
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import NamedTuple
 
@@ -233,4 +232,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from effattn._files import exit_status
+
+    raise SystemExit(exit_status(main))

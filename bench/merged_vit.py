@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from typing import NamedTuple
 
 import torch
@@ -147,4 +146,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from effattn._files import exit_status
+
+    raise SystemExit(exit_status(main))

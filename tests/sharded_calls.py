@@ -58,6 +58,12 @@ def calls() -> dict[str, dict[str, Call]]:
     return {**found, **_elsewhere()}
 
 
+def every_operator(shape: Shape) -> dict[str, Call]:
+    """A call of each; attention in ``shape``."""
+    attention = {op: _attention(cases[0], "nothing", shape) for op, cases in CASES.items()}
+    return {**attention, **{op: next(iter(calls.values())) for op, calls in _elsewhere().items()}}
+
+
 def _splits_queries(case: Case) -> bool:
     return case.op == "size_weighted_attention" or (
         case.op == "scaled_dot_product_attention" and case.variant not in ("causal", "boolean")
@@ -70,8 +76,8 @@ def _free(case: Case, axis: str) -> bool:
     return axis == "nothing" or not case.mixes_batch
 
 
-def _attention(case: Case, axis: str) -> Call:
-    shape = SHAPE if axis != "queries" else SHAPE.with_(keys=7)
+def _attention(case: Case, axis: str, shape: Shape = SHAPE) -> Call:
+    shape = shape if axis != "queries" else shape.with_(keys=7)
     if case.op == "shift_add_attention" and case.variant == "":
         shape = shape.with_(prefix=2)
     tensors = case.tensors(shape)
