@@ -157,7 +157,7 @@ def stop(arguments: list[str], after: float, folder, **environment) -> tuple[int
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_a_process_that_gets_ctrl_c_leaves_nothing_half_done(folder, arguments):
-    status, errors = stop(arguments, 0.3, folder, XDG_CACHE_HOME=str(folder / "cache"))
+    status, errors = stop(arguments, 0.3, folder, EFFATTN_CACHE_DIR=str(folder / "cache"))
     assert status == 130, errors
     assert "Traceback" not in errors
     assert "interrupted" in errors
