@@ -290,6 +290,13 @@ def grouped(heads: int, key_heads: int) -> Call:
     )
 
 
+def _by_fft() -> Call:
+    case = CASES["toeplitz_linear_attention"][0]
+    own = _attention(case, "heads")
+    options = {**case.options(SHAPE), "backend": "cpu", "method": "fft"}
+    return own._replace(function=lambda **t: case.function(**t, **options), free=False)
+
+
 def more_calls() -> dict[str, Call]:
     """Calls on a mesh of one dimension whose slices are not all alike."""
     by_batch = {"query": 0, "key": 0, "value": 0}
@@ -300,6 +307,7 @@ def more_calls() -> dict[str, Call]:
         "a batch of 1, one rank has nothing": mixture(batch=1)._replace(shards=by_batch, results=(0,)),
         "3 heads": mixture(heads=3)._replace(shards=by_heads, results=(1,)),
         "groups of heads": grouped(4, 2),
+        "a method asked for by name": _by_fft(),
         "groups of heads that do not divide": grouped(6, 3)._replace(free=False),
     }
 

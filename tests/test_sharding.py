@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import parallel_training
 import pytest
@@ -144,6 +146,20 @@ def test_importing_effattn_does_not_import_dtensor():
         "assert 'torch.distributed.tensor' not in sys.modules; assert 'effattn._sharding' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_table_in_the_documentation_is_what_the_ops_declare(tmp_path, monkeypatch):
+    script = Path(__file__).resolve().parents[1] / "docs" / "distributed.py"
+    spec = importlib.util.spec_from_file_location("distributed_page", script)
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.main(["--check"]) == 0, "docs/distributed.md is stale; run: python docs/distributed.py"
+    stale = tmp_path / "distributed.md"
+    stale.write_text(page.PAGE.read_text().replace("`gaussian_mixture` | batch", "`gaussian_mixture` | nothing"))
+    monkeypatch.setattr(page, "PAGE", stale)
+    assert page.main(["--check"]) == 1
+    assert page.main([]) == 0
+    assert page.main(["--check"]) == 0
 
 
 # ---- training ----
