@@ -648,7 +648,7 @@ def _numbers(entry: Entry) -> str:
 
 
 def main() -> int:
-    from .report import write_atomically
+    from effattn._files import write_atomically
 
     parser = argparse.ArgumentParser(prog="python -m effattn.bench.accuracy", description="Write the accuracy table.")
     parser.add_argument("--backend", nargs="+", default=["cpu"], choices=("cpu", "triton", "cuda", "reference"))
@@ -675,4 +675,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from effattn._files import exit_status
+
+    raise SystemExit(exit_status(main))

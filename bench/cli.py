@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from effattn._files import INTERRUPTED, write_atomically
+
 from . import asked, ceilings, overhead, photographs, report
 from .cases import BACKWARD, FORWARD, Case, Contender, Family, families, flops
 from .load import ForeignLoad
@@ -72,13 +74,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\n" + asked.table(figures))
     if not found.complete:
         print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if options.json:
         report.write_json(report.as_json(found), options.json)
     if options.plot:
         from . import plot
 
-        report.write_atomically(options.plot, lambda name: plot.draw(report.as_json(found), name))
+        write_atomically(options.plot, lambda name: plot.draw(report.as_json(found), name))
     return 1 if any(figure.met is False for figure in figures) else 0
 
 

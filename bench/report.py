@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 import effattn
+from effattn._files import write_atomically
 
 from .cases import BACKWARD, OURS
 from .ceilings import Ceilings
@@ -120,21 +120,6 @@ def _row_as_json(row: Row, ceilings: Ceilings) -> dict:
 
 def write_json(content: dict, path: str) -> None:
     write_atomically(path, lambda name: Path(name).write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def write_atomically(path: str, write) -> None:
-    """``write`` a file beside ``path`` and rename it: whoever interrupts finds the old file or the new one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 # ---- table ----

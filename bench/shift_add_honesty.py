@@ -424,4 +424,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from effattn._files import exit_status
+
+    raise SystemExit(exit_status(main))

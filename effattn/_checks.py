@@ -188,3 +188,12 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def constant(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, which every rank computes alike, as an operand beside ``like``: replicated where that is a DTensor."""
+    if type(like) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from ._sharding import replicated
+
+    return replicated(tensor, like)

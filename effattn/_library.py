@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 
 import torch
@@ -38,11 +39,28 @@ class Op:
         family: module of ``effattn.triton_kernels`` that launches it.
         vmap: called with the overload, gives its vmap rule; default: a loop over the mapped examples.
         flops: ``(*argument_shapes, out_shape=...)`` -> FLOPs.
+        axes: names of the dimensions of its tensors and results, as in "batch heads queries"; trailing ones and those of
+            tensors without any to split may be left out. Sharding rules follow from it (_sharding.py).
+        splits: names of the axes along which slices can be computed apart.
+        whole: (tensors and options) -> those of them along which this call cannot.
     """
 
-    def __init__(self, schema: str, fake: Callable, *, family: str, vmap: Callable | None = None, flops=None):
+    def __init__(
+        self,
+        schema: str,
+        fake: Callable,
+        *,
+        family: str,
+        vmap: Callable | None = None,
+        flops=None,
+        axes: dict[str, str] | None = None,
+        splits: str = "",
+        whole: Callable[..., str] = lambda *args: "",
+    ):
         self.schema, self.name = schema, schema[: schema.index("(")]
         self._fake, self._family, self._vmap, self._flops = fake, family, vmap or _loop, flops
+        self.axes = {name: tuple(names.split()) for name, names in (axes or {}).items()}
+        self.splits, self.whole = tuple(splits.split()), whole
         self._overloads: dict[str, torch._ops.OpOverload] = {}
         for namespace in dict.fromkeys(NAMESPACES.values()):
             self.declare(namespace)
@@ -53,7 +71,7 @@ class Op:
             _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
         library, qualified = _libraries[namespace], f"{namespace}::{self.name}"
         library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(qualified, self._fake, lib=library)
+        torch.library.register_fake(qualified, self.fake, lib=library)
         packet = getattr(getattr(torch.ops, namespace), self.name)
         torch.library.register_vmap(qualified, self._vmap(packet.default), lib=library)
         if self._flops is not None:
@@ -65,8 +83,18 @@ class Op:
             if place == namespace:
                 self._overloads[backend] = packet.default
 
+    def fake(self, *args):
+        if "torch.distributed.tensor" in sys.modules:  # a DTensor asks here first, and then for the sharding rule
+            from . import _sharding
+
+            _sharding.register(self)
+        return self._fake(*args)
+
     def overload(self, backend: str) -> torch._ops.OpOverload:
         return self._overloads[backend]
+
+    def overloads(self) -> set[torch._ops.OpOverload]:
+        return set(self._overloads.values())
 
     def __call__(self, backend: str, *args):
         return self._overloads[backend](*args)
@@ -110,6 +138,8 @@ class Operator:
         fake: (*tensors, *options) -> the results and what is saved; default: one result like query.
         flops: (query_shape, key_shape, value_shape, *options) -> FLOPs of the forward.
         backward_flops: FLOPs of the backward over those of the forward; attention recomputes the scores.
+        axes: as :class:`Op`, where not "batch heads", of parameters "heads".
+        splits, whole: as :class:`Op`; a call that mixes its batch is whole along it.
     """
 
     def __init__(
@@ -132,6 +162,9 @@ class Operator:
         fake: Callable | None = None,
         flops: Callable[..., int] | None = None,
         backward_flops: float = 2.5,
+        axes: dict[str, str] | None = None,
+        splits: str = "batch heads",
+        whole: Callable[..., str] = lambda *args: "",
     ):
         names = [tensor.removeprefix("?") for tensor in tensors]
         inputs = ", ".join(f"Tensor{'?' if t[0] == '?' else ''} {n}" for t, n in zip(tensors, names))
@@ -147,6 +180,13 @@ class Operator:
             saved = {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
         self.saved = saved
         self._flops = flops or _score_flops
+        everything = dict.fromkeys((*names, *results, *self._saved), "batch heads")
+        axes = {**everything, **dict.fromkeys(parameters, "heads"), **(axes or {})}
+        gradient_axes = {f"grad_{n}": axes[n] for n in (*differentiable, *results)}
+
+        def whole_or_mixed(*args) -> str:
+            return whole(*args) + (" batch" if mixes_batch(*args) else "")
+
         parameters = frozenset(names.index(n) for n in parameters)
         self.batched = lambda op: _fold_or_loop(op, parameters, self.num_tensors, mixes_batch)
         kept = [*(("output",) if saves_output else ()), *self.saved]
@@ -164,6 +204,9 @@ class Operator:
             family=family,
             vmap=self.batched,
             flops=lambda *args, **kwargs: self._flops(*args[:3], *args[self.num_tensors :]),
+            axes=axes,
+            splits=splits,
+            whole=whole_or_mixed,
         )
         # A parameter's gradient is summed over the batch, so folding would mix the mapped examples.
         received = self.num_results
@@ -180,6 +223,11 @@ class Operator:
             ),
             flops=lambda *args, **kwargs: int(
                 self._flops(*args[received:][:3], *args[received + self.num_tensors + self.num_kept :]) * backward_flops
+            ),
+            axes={**axes, **gradient_axes},
+            splits=splits,
+            whole=lambda *args: whole_or_mixed(
+                *args[received:][: self.num_tensors], *args[received + self.num_tensors + self.num_kept :]
             ),
         )
         _operators[name] = self

@@ -15,14 +15,13 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import _native
+from . import _files, _native
 from ._tuning_defaults import TILES, shipped
 from ._version import __version__
 
@@ -312,14 +311,4 @@ def _locked(lock: Path) -> Iterator[None]:
 
 
 def _write(to: Path, content: dict) -> None:
-    """All or nothing: another process reads the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=to.name, dir=to.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        os.chmod(temporary, 0o644)  # a directory may be shared
-        os.replace(temporary, to)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    _files.write_atomically(to, lambda name: Path(name).write_text(json.dumps(content, indent=2) + "\n"))

@@ -231,21 +231,6 @@ def test_the_command_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    target = tmp_path / "run.json"
-    target.write_text("old")
-
-    def interrupted(name):
-        with open(name, "w") as file:
-            file.write("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        report.write_atomically(str(target), interrupted)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
 @pytest.mark.parametrize("arguments", [["no such family"], ["--threads", "0"], ["--case", "no such case"]])
 def test_arguments_that_fit_nothing_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -190,7 +190,7 @@ def test_parameters_have_their_names_and_shapes():
     assert shapes == {
         "weight": (4, DIM),
         "centroids": (CENTROIDS, DIM),
-        "step_size": (),
+        "step_size": (1,),
         "joint": (CENTROIDS, CLASSES),
         "norm.weight": (DIM,),
         "norm.bias": (DIM,),

@@ -102,7 +102,7 @@ class LearnableTokenMerge(nn.Module):
     and the module returns :math:`\mathrm{softmax}_N(G')^\top Z` and :math:`G' = G - \text{step\_size} \cdot dG`. All of
     it is differentiated by autograd as usual, so the step size, the centroids and the initial mask are learned.
 
-    Parameters: ``weight`` (P, C), ``norm.weight``, ``norm.bias``, ``centroids`` (A, C), ``step_size`` (), and the
+    Parameters: ``weight`` (P, C), ``norm.weight``, ``norm.bias``, ``centroids`` (A, C), ``step_size`` (1,), and the
     buffer ``joint`` Q (A, classes), which is uniform, so that the step is none, until :meth:`update_joint` is called.
 
     Args:
@@ -168,7 +168,7 @@ class LearnableTokenMerge(nn.Module):
         self.norm = nn.LayerNorm(dim, **like)
         self.weight = nn.Parameter(torch.empty(self.num_merged_tokens, dim, **like))
         self.centroids = nn.Parameter(torch.empty(num_centroids, dim, **like))
-        self.step_size = nn.Parameter(torch.empty((), **like))
+        self.step_size = nn.Parameter(torch.empty(1, **like))  # FSDP2 shards no scalar
         self.register_buffer("joint", torch.empty(num_centroids, num_classes, **like))
         self.reset_parameters()
 

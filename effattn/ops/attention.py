@@ -40,6 +40,9 @@ attention = Operator(
     differentiable=("query", "key", "value"),
     linear=("value",),
     options="bool is_causal, float scale",
+    axes=dict.fromkeys(("query", "attn_mask", "output", "logsumexp"), "batch heads queries"),
+    splits="batch heads queries",
+    whole=lambda query, key, value, attn_mask, is_causal, scale: "queries" if is_causal else "",
 )
 
 

@@ -25,6 +25,11 @@ def _window_flops(query, key, value, grid_h, grid_w, window_h, window_w, second_
     return 4 * batch * length * head_dim * (heads // 2 * first + (heads - heads // 2) * second)
 
 
+def _halves(query, key, value, bias, lepe_weight, lepe_bias, grid_h, grid_w, *sizes) -> str:
+    """Which windows a head has depends on its number, unless all have the same."""
+    return "" if sizes[:2] == sizes[2:4] else "heads"
+
+
 window = Operator(
     "window",
     family="cross_shaped_window",
@@ -36,6 +41,7 @@ window = Operator(
     "SymInt shift_h, SymInt shift_w, SymInt overlap_h, SymInt overlap_w, SymInt num_prefix_tokens, "
     "bool mask_padding, bool bias_weighs, float scale",
     flops=_window_flops,
+    whole=_halves,
 )
 """Heads 0 .. H/2 - 1 have windows (window_h, window_w), the others (second_h, second_w).
 

@@ -19,6 +19,7 @@ gaussian_mixture = Operator(
     parameters=("alpha", "sigma"),
     linear=("value",),
     options="SymInt grid_h, SymInt grid_w, SymInt num_prefix_tokens, float eps, float scale",
+    axes=dict.fromkeys(("alpha", "sigma"), "gaussians heads"),
 )
 
 masked_product = Operator(

@@ -151,7 +151,7 @@ def _table(log_decay: Tensor, size: tuple[int, int], decay: str, unit: int) -> T
     """log_decay D by (dy, dx), or gamma^D: (H, 2 h - 1, 2 w - 1) float32; ``unit``: distance of neighbours."""
     plain = not torch.compiler.is_compiling() and type(log_decay) in (Tensor, torch.nn.Parameter)
     distances = (_kept_distances if plain else _distances)(*size, unit, log_decay.device)
-    table = log_decay.float().clamp(min=LOWEST).view(-1, 1, 1) * distances
+    table = log_decay.float().clamp(min=LOWEST).view(-1, 1, 1) * _checks.constant(distances, log_decay)
     return table.exp() if decay == "weights" else table
 
 

@@ -17,6 +17,8 @@ pack_signs_op = Op(
     "pack_signs(Tensor input) -> Tensor packed",
     lambda input: input.new_empty(*input.shape[:-1], (input.shape[-1] + WORD - 1) // WORD, dtype=torch.uint32),
     family="shift_add",
+    axes=dict.fromkeys(("input", "packed"), "first second third"),
+    splits="first second third",
 )
 
 add_matmul_fwd = Op(
@@ -24,6 +26,8 @@ add_matmul_fwd = Op(
     lambda packed, dense, values: dense.new_empty(packed.shape[0], packed.shape[1], dense.shape[2]),
     family="shift_add",
     flops=lambda packed, dense, values, **kwargs: 2 * packed[0] * packed[1] * dense[1] * dense[2],
+    axes={"packed": "batch rows", "dense": "batch inner columns", "output": "batch rows columns"},
+    splits="batch rows columns",
 )
 
 add_matmul_bwd = Op(
@@ -31,6 +35,8 @@ add_matmul_bwd = Op(
     lambda grad, packed, length, values: grad.new_empty(grad.shape[0], length, grad.shape[2]),
     family="shift_add",
     flops=lambda grad, packed, length, values, **kwargs: 2 * grad[0] * grad[1] * grad[2] * length,
+    axes={"grad_output": "batch rows columns", "packed": "batch rows", "grad_dense": "batch inner columns"},
+    splits="batch rows columns",
 )
 
 binary_matmul_op = Op(
@@ -38,12 +44,19 @@ binary_matmul_op = Op(
     lambda left, right, *args: left.new_empty(left.shape[0], left.shape[1], right.shape[1], dtype=torch.int32),
     family="shift_add",
     flops=lambda left, right, length, values, **kwargs: 2 * left[0] * left[1] * right[1] * length,
+    axes={"left": "batch rows", "right": "batch columns", "output": "batch rows columns"},
+    splits="batch rows columns",
 )
 
 
 def _hamming_flops(batch, heads, queries, keys, head_dim, value_dim) -> int:
     return 2 * batch * heads * queries * keys * (head_dim + value_dim)
 
+
+_HAMMING_AXES = {
+    **dict.fromkeys(("query_bits", "output", "logsumexp", "grad_output"), "batch heads queries"),
+    **dict.fromkeys(("key_bits", "value", "grad_value"), "batch heads"),
+}
 
 hamming_attention_fwd = Op(
     "hamming_attention_fwd(Tensor query_bits, Tensor key_bits, Tensor value, SymInt head_dim, int values, float scale) "
@@ -54,6 +67,8 @@ hamming_attention_fwd = Op(
     ),
     family="shift_add",
     flops=lambda query, key, value, head_dim, *args, **kwargs: _hamming_flops(*query[:3], key[2], head_dim, value[3]),
+    axes=_HAMMING_AXES,
+    splits="batch heads queries",
 )
 
 hamming_attention_bwd = Op(
@@ -64,6 +79,8 @@ hamming_attention_bwd = Op(
     flops=lambda grad, query, key, logsumexp, head_dim, *args, **kwargs: _hamming_flops(
         *query[:3], key[2], head_dim, grad[3]
     ),
+    axes=_HAMMING_AXES,
+    splits="batch heads queries",
 )
 
 _BACKENDS = (Backend("cpu", cpu_kernel), Backend("cuda", cuda_kernel), REFERENCE)

@@ -82,6 +82,7 @@ scan = Operator(
     mixes_batch=lambda *args: args[6] is not None,
     fake=_fake,
     flops=_flops,
+    axes={"cu_seqlens": ""},
 )
 """O_i = row_scale_i ((s Q K^T * G) V + s gamma^(i + 1) q_i S_0)_i and, with return_state, the state after the last token.
 
@@ -100,17 +101,22 @@ def _step_flops(query, key, value, *args, **kwargs) -> int:
 
 
 _STEP = "Tensor query, Tensor key, Tensor value, Tensor log_decay"
+_STEP_AXES = {**dict.fromkeys(("query", "key", "value", "state", "output"), "batch heads"), "log_decay": "heads"}
 step = Op(
     f"retention_step({_STEP}, Tensor state, float scale) -> (Tensor output, Tensor state)",
     _step_fake,
     family="retention",
     flops=_step_flops,
+    axes=_STEP_AXES,
+    splits="batch heads",
 )
 step_inplace = Op(
     f"retention_step_({_STEP}, Tensor(a!) state, float scale) -> Tensor output",
     lambda *args: _step_fake(*args)[0],
     family="retention",
     flops=_step_flops,
+    axes=_STEP_AXES,
+    splits="batch heads",
 )
 """One token, (B, H, 1, D); log_decay (H,) and state (B, H, Dk, Dv) contiguous float32."""
 
@@ -380,7 +386,7 @@ def rotate_xpos(x: Tensor, *, offset: int = 0, base: float = 10000.0) -> Tensor:
     pairs = x.unflatten(-1, (-1, 2))
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
         pairs = pairs.clone(memory_format=torch.contiguous_format)  # a complex view begins at an even element
-    turned = torch.view_as_complex(pairs) * rotation  # one pass over x, which keeps its layout
+    turned = torch.view_as_complex(pairs) * _checks.constant(rotation, x)  # one pass over x, which keeps its layout
     return torch.view_as_real(turned).flatten(-2)
 
 
@@ -495,9 +501,9 @@ def _row_scale(query, log_decay, before, cu_seqlens, is_causal: bool, wants_last
     """(B, H, N) 1 / sqrt(z_i), and (B or S, H) z after the last token of every sequence; float32."""
     length, device = query.shape[2], query.device
     exact = log_decay.double()
-    powers_below = powers(exact, torch.arange(length, device=device))
+    position = _checks.constant(torch.arange(length, device=device), log_decay)
+    powers_below = powers(exact, position)
     geometric = torch.cat((powers_below.new_zeros(len(exact), 1), powers_below.cumsum(-1)), -1)  # of the first n powers
-    position = torch.arange(length, device=device)
     if cu_seqlens is None:
         sequence, lengths = torch.zeros_like(position), position.new_full((1,), length)
     else:

@@ -32,6 +32,7 @@ shift_add = Operator(
     saves_output=False,
     mixes_batch=lambda *args: args[-1] < _WHOLE_TENSOR,
     flops=_linear_flops,
+    whole=lambda *args: "heads" if args[-1] < _WHOLE_TENSOR else "",
 )
 
 register(

@@ -34,6 +34,8 @@ shift_linear_fwd = Op(
     lambda input, codes, *args: input.new_empty(input.shape[0], codes.shape[0]),
     family="shift_add",
     flops=_flops,
+    axes={"input": "rows", **dict.fromkeys(("codes", "scale", "bias"), "outputs"), "output": "rows outputs"},
+    splits="rows outputs",
 )
 
 shift_linear_bwd = Op(
@@ -42,6 +44,8 @@ shift_linear_bwd = Op(
     lambda grad_output, codes, scale, in_features, bits: grad_output.new_empty(grad_output.shape[0], in_features),
     family="shift_add",
     flops=lambda grad, codes, scale, in_features, bits, **kwargs: 2 * grad[0] * grad[1] * in_features,
+    axes={"grad_output": "rows outputs", "codes": "outputs", "scale": "outputs", "grad_input": "rows"},
+    splits="rows outputs",
 )
 
 

@@ -18,6 +18,8 @@ weighted_attention = Operator(
     differentiable=("query", "key", "value", "log_sizes"),
     linear=("value",),
     options="float scale, bool wants_sizes",
+    axes={**dict.fromkeys(("query", "output", "logsumexp"), "batch heads queries"), "log_sizes": "batch"},
+    splits="batch heads queries",
 )
 """softmax(scale Q K^T + log_sizes_j) V. query (B, H, N, D); key, value (B, H, M, D); log_sizes (B, M) contiguous float32.
 

@@ -27,6 +27,13 @@ soft_merge_op = Operator(
     fake=_fake,
     flops=lambda tokens, logits, *args: 2 * tokens[0] * tokens[1] * tokens[2] * logits[2],
     backward_flops=2,
+    axes={
+        "tokens": "batch tokens channels",
+        "logits": "batch tokens outputs",
+        "output": "batch outputs channels",
+        "logsumexp": "batch outputs",
+    },
+    splits="batch outputs channels",
 )
 """softmax over N of logits (B, N, P), transposed, times tokens (B, N, C): (B, P, C) contiguous; logsumexp (B, P)."""
 

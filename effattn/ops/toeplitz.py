@@ -45,6 +45,7 @@ features = Operator(
     saved={},
     fake=_fake_features,
     flops=_feature_flops,
+    axes={"mask": "batch"},
 )
 """phi(x), (B, H, N, M) contiguous, trigonometric (B, H, N, 2 M): sines, then cosines.
 
@@ -74,6 +75,7 @@ toeplitz = Operator(
     saved={"normalizer": lambda *shape: shape[:3]},
     fake=_fake,
     flops=_flops,
+    axes={"plan": ""},
 )
 """W_ij = (query_i . key_j) exp(b_{j-i} - max b), normalizer_i = sum_j W_ij + eps, O_i = sum_j W_ij v_j / normalizer_i.
 

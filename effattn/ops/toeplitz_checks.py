@@ -48,7 +48,7 @@ def relative_entries(bias: Tensor, heads: int, eps: float, is_causal: bool) -> T
         if not is_causal:
             return entries
         future = torch.arange(entries.shape[1], device=entries.device) > entries.shape[1] // 2
-        return entries.masked_fill(future, float("-inf"))
+        return entries.masked_fill(_checks.constant(future, entries), float("-inf"))
     highest = entries.amax(1, keepdim=True)
     return entries - torch.where(highest == float("-inf"), 0.0, highest)
 

@@ -33,6 +33,9 @@ plan = Op(
     "float scan_ns) -> (Tensor method, Tensor report)",
     _fake_plan,
     family="toeplitz",
+    axes={"bias": "heads"},
+    splits="heads",
+    whole=lambda *args: "" if args[7] == METHODS.index("auto") else "heads",
 )
 """The method for ``requested`` (an index of METHODS), (1,) int64, and what it was chosen by: REPORT, (8,) float64.
 
@@ -42,6 +45,9 @@ relative to the largest output; tail is the distance from which the bias is line
     fft         batch H features (value_dim + 1) L log2(L) fft_ns, L the length of the transform
     structured  batch H N (near keys (features + value_dim) direct_ns + sides features value_dim scan_ns), sides 2,
                 causal 1; near keys in blocks of BLOCK
+
+A slice of the heads may plan for itself: any method gives the same within rounding. What is asked for by name serves all
+heads or is refused.
 """
 
 BLOCK = 64

@@ -27,6 +27,8 @@ match = Op(
     _fake,
     family="token_matching",
     vmap=lambda op: _fold_or_loop(op, frozenset(), 2, lambda *args: False),
+    axes=dict.fromkeys(("metric", "sizes", "source", "members", "offsets"), "batch"),
+    splits="batch",
     flops=lambda metric, *args, **kwargs: 2 * metric[0] * (metric[1] // 2) * (metric[1] - metric[1] // 2) * metric[2],
 )
 """The plan of ``reference.bipartite_soft_matching``: contiguous int32, T = N - num_merged, or N if padded.

@@ -13,6 +13,8 @@ from ..reference.token_merging import MODES, group
 from .retention_checks import is_plain
 
 _PLAN = ("x", "source", "members", "offsets")
+_BY_EXAMPLE = dict.fromkeys((*_PLAN, "output"), "batch")
+_BY_CHANNEL = {**_BY_EXAMPLE, **dict.fromkeys(("x", "output"), "batch tokens channels")}
 
 
 def _outputs(x: Tensor, offsets: Tensor) -> Tensor:
@@ -34,6 +36,8 @@ merge_op = Operator(
     fake=lambda x, source, members, offsets, mode: _outputs(x, offsets),
     flops=_flops,
     backward_flops=1,
+    axes=_BY_CHANNEL,
+    splits="batch channels",
 )
 """Mean, sum or maximum (an index of MODES) over the members of each output: (B, N, C) -> (B, T, C) contiguous.
 
@@ -57,6 +61,8 @@ weighted_op = Operator(
     ),
     flops=_flops,
     backward_flops=1,
+    axes={**_BY_EXAMPLE, **dict.fromkeys(("residual", "sizes", "merged_sizes"), "batch")},
+    splits="batch",
 )
 """y_t = sum s_i (x_i + residual_i) / S_t, S_t = sum s_i over the members of t; 0 where S_t = 0.
 
@@ -76,6 +82,8 @@ unmerge_op = Operator(
     fake=lambda x, source, members, offsets: x.new_empty((*source.shape, x.shape[2])),
     flops=lambda x, source, *rest: source[0] * source[1] * x[2],
     backward_flops=1,
+    axes=_BY_CHANNEL,
+    splits="batch channels",
 )
 """Row i of (B, N, C) is row source_i of x (B, T, C)."""
 
