@@ -180,7 +180,7 @@ class Operator:
             saved = {"logsumexp": lambda batch, heads, length, head_dim: (batch, heads, length)}
         self.saved = saved
         self._flops = flops or _score_flops
-        everything = dict.fromkeys((*names, *results, *self._saved), "batch heads")
+        everything = dict.fromkeys((*names, *results, *saved), "batch heads")
         axes = {**everything, **dict.fromkeys(parameters, "heads"), **(axes or {})}
         gradient_axes = {f"grad_{n}": axes[n] for n in (*differentiable, *results)}
 

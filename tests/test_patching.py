@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from effattn.bench import vit
 from torch import nn
 
 import effattn
-from effattn.bench import vit
 
 IMAGES = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 

@@ -10,11 +10,11 @@ import random
 
 import torch
 import torch.distributed as dist
+from effattn.bench import vit
 
 import effattn
 import effattn.distributed
 import effattn.visualize
-from effattn.bench import vit
 from effattn.integrations import convert_to_shift_add, freeze_shift_add
 from effattn.integrations.timm import merge_tokens, restore
 
