@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Known before it exists, so that no moment is between making it and being bound to remove it.
-    name = str(target.with_name(f".{target.stem}.{os.getpid()}.{secrets.token_hex(4)}{target.suffix}"))
+    name = str(target.with_name(f".{target.stem}.{os.getpid()}.{os.urandom(4).hex()}{target.suffix}"))
     try:
         write(name)
         os.replace(name, target)

@@ -9,7 +9,6 @@ a process.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import json
 import logging
@@ -267,6 +266,8 @@ def keep(values: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; the message names it.
     """
+    import datetime
+
     today = datetime.date.today().isoformat()
     _rewrite(lambda entries: entries | {name: {"value": value, "measured": today} for name, value in values.items()})
 

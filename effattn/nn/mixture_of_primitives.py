@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -293,6 +292,8 @@ def measure_expert_latency(
             sample(module, 1)  # the first call packs weights and starts threads
         counts = [max(1, round(SHORTEST_SAMPLE / max(sample(module, 2), 1e-9))) for module in copies]
         samples = [[sample(module, count) for module, count in zip(copies, counts)] for _ in range(repeats)]
+    import statistics  # with decimal and fractions behind it
+
     return tuple(statistics.median(column) for column in zip(*samples))
 
 
