@@ -73,6 +73,10 @@ def test_each_op_runs_once_forward_and_once_backward(case, backend):
 
 @KERNELS
 def test_opcheck(case, backend):
+    if is_slow(backend) and case.op not in ("gaussian_mixture_attention", "retention"):
+        pytest.skip(
+            "schema, fake kernel and autograd are those of the cpu backend's op, which every operator's is held to"
+        )
     for op, args in recorded_calls(case, backend):
         torch.library.opcheck(op, args)
 
@@ -247,6 +251,8 @@ def test_flops_are_counted(case, backend):
 @case_and_backend(without=("reference",), beside_matrix=True)
 def test_second_derivatives_are_refused(case, backend):
     require(case.op, backend)
+    if is_slow(backend):
+        pytest.skip("one class refuses them for every backend")
     with pytest.raises(checks.Limit, match="a second one raises"):
         checks.refuses_second_derivatives(sample_of(case, backend), backend)
 

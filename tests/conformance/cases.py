@@ -828,7 +828,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _manhattan(""),
         _manhattan("weights", decay="weights"),
         _manhattan("decomposed", launches=3, lce=True, decomposed=True),
-        _manhattan("decomposed weights", launches=2, decomposed=True, decay="weights"),
+        _manhattan("decomposed weights", launches=2, decomposed=True, decay="weights").with_(same_kernels=True),
     ),
     "cross_shaped_window_attention": (
         _stripes("", 2, "per head", padding="zero_key"),
