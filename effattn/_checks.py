@@ -12,9 +12,9 @@ REAL = FLOATING | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint
 LARGEST_INTEGER = 2**31 - 1  # no extent, count or position is larger; products of two of them fit 64 bits
 
 
-def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Require three (B, H, N, D) floating-point tensors of one shape, dtype and device."""
-    if (  # what almost every call passes, in as few steps as Python allows
+def are_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether they are what almost every call passes, in as few steps as Python allows."""
+    return (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
@@ -28,7 +28,12 @@ def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None
         and query.layout == key.layout == value.layout == torch.strided
         and key.device == (device := query.device)
         and value.device == device
-    ):
+    )
+
+
+def attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Require three (B, H, N, D) floating-point tensors of one shape, dtype and device."""
+    if are_alike(query, key, value):
         return
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         strided(op, name, tensor)

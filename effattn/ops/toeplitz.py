@@ -346,6 +346,8 @@ def _check_projection(op: str, projection: Tensor | None, query: Tensor, feature
 
 
 def _check_features(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if _checks.are_alike(query, key, value):
+        return
     given = (("query_features", query), ("key_features", key), ("value", value))
     for name, tensor in given:
         _checks.floating(op, name, tensor)
