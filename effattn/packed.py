@@ -181,7 +181,7 @@ def _encode_bits(weight: Tensor, bits: int) -> Tensor:
     exponent = magnitude.add_(0x4AFB0C).bitwise_right_shift_(23).sub_(127).clamp_(lowest, 0)
     if bits > NIBBLE_BITS:
         codes = (exponent.add_(15).bitwise_left_shift_(2) | (negative << 7)).to(torch.uint8)
-        return codes.masked_fill_(weight == 0, 0)
+        return codes.masked_fill_(weight == 0, 0).contiguous()
     codes = (exponent.add_(7) | (negative << 3)).to(torch.uint8).masked_fill_(weight == 0, 0)
     codes = F.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] | (codes[:, 1::2] << 4)

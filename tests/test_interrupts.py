@@ -152,7 +152,7 @@ def stop(arguments: list[str], after: float, folder, **environment) -> tuple[int
     [
         ["effattn", "bench", "gaussian_mixture", "--json", "run.json", "--plot", "run.png"],
         ["effattn.bench.shift_add_honesty", "--json", "run.json"],
-        ["effattn", "tune"],
+        ["effattn", "tune", "--force"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -154,7 +154,12 @@ def patch(
 
         layers = transformers.add_layers(model, owners, layers)
     choices = _choose(rules, layers)
-    before = outputs(model, example) if check and example is not None else None
+    before = None
+    if check and example is not None:
+        try:
+            before = outputs(model, example)
+        except Exception as error:
+            raise ValueError(f"{_NAME}: the model does not run on example: {error}") from error
 
     done = Patching()
     done._model = model

@@ -101,6 +101,43 @@ def _is_patched(model) -> bool:
     return any(type(module).__name__ == "MergingBlock" for module in model.modules())
 
 
+def _layer() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+
+def _patching(rng: random.Random) -> dict:
+    example = None if rng.random() < 0.5 else tuple(normal(rng, 3, 1, 4, 8).float())
+    rules = rng.choice(["exact", {"*": None}, {"*": effattn.ManhattanDecay(effattn.rmt_log_decay(2), (2, 2))}])
+    return {"model": _layer(), **defaults(effattn.patch), "rules": rules, "example": example}
+
+
+def _patched(model, **options):
+    done = effattn.patch(model, **options)
+    touched = dict(done.touched)
+    effattn.unpatch(model)
+    return touched
+
+
+def _unpatched(model):
+    if isinstance(model, torch.nn.Module):
+        effattn.patch(model)
+    effattn.unpatch(model)
+
+
+def _replacing(rng: random.Random) -> dict:
+    mask = effattn.ManhattanDecay(effattn.rmt_log_decay(2), (2, 2))
+    return {"mask_or_fn": mask, **defaults(effattn.replace_sdpa), "query": normal(rng, 1, 2, 4, 8).float()}
+
+
+def _replaced(mask_or_fn, query, **options):
+    block = effattn.replace_sdpa(mask_or_fn, **options)
+    if not isinstance(query, torch.Tensor) or callable(mask_or_fn):
+        return None
+    with block:
+        return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+
 def _explained(rng: random.Random) -> dict:
     query = normal(rng, 1, 2, 4, 8).float()
     return {"fn": effattn.gaussian_mixture_attention, "query": query, "grid": (2, 2)}
@@ -135,6 +172,9 @@ SUBJECTS = [
         weight=3,
     ),
     Subject("convert_to_shift_add", _convert, _conversion, any_dtype=False, sizes=("residual_kernel",), weight=0.4),
+    Subject("patch", _patched, _patching, any_dtype=False, weight=0.2),
+    Subject("unpatch", _unpatched, lambda rng: {"model": _layer()}, any_dtype=False, weight=0.1),
+    Subject("replace_sdpa", _replaced, _replacing, any_dtype=False, on_meta=False, weight=0.3),
     Subject("merge_tokens", _merged, _merging, any_dtype=False, also_named=("inflection",), weight=0.2),
     Subject(
         "explain",
