@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-
 import parallel_training
+import rank_processes
 import sharded_calls
 import torch
 import torch.distributed as dist
@@ -12,14 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 
 def work(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    rank_processes.join(rank, world_size, folder)
     mesh = init_device_mesh("cpu", (world_size,))
     found = {
         "calls": {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 from typing import NamedTuple
 
+import rank_processes
 import torch
 import torch.distributed as dist
 
@@ -103,14 +103,7 @@ def run_rank(case: Case, index: int, group, batches: list) -> dict[str, torch.Te
 
 
 def work(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=30),
-    )
+    rank_processes.join(rank, world_size, folder)
     batches = []
     batch_isend_irecv = dist.batch_isend_irecv
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import time
 
 import pytest
+import rank_processes
 import sequence_parallel
 import torch
 import torch.distributed as dist
@@ -22,21 +21,7 @@ RANKS = 4
 def found(tmp_path_factory):
     """Case -> results of each rank, in the order of its slices."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sequence_parallel"])  # torch is imported once for all ranks
-    processes = [
-        context.Process(target=sequence_parallel.work, args=(rank, RANKS, str(folder)), daemon=True)
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 90
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * RANKS, "a rank failed or hangs"
+    rank_processes.run(sequence_parallel, RANKS, folder, seconds=90)
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return {name: [by_rank[rank][name] for rank in case.ranks] for name, case in CASES.items()}
 

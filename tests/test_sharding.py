@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import parallel_training
 import pytest
+import rank_processes
 import ranks_of_sharding
 import sharded_calls
 import torch
@@ -28,21 +27,7 @@ PAIRS = [(op, name) for op, calls in CALLS.items() for name in calls]
 def found(tmp_path_factory):
     """All that the ranks found, started once."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_of_sharding"])  # torch is imported once for all ranks
-    processes = [
-        context.Process(target=ranks_of_sharding.work, args=(rank, RANKS, str(folder)), daemon=True)
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 240
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * RANKS, "a rank failed or hangs"
+    rank_processes.run(ranks_of_sharding, RANKS, folder, seconds=240)
     return torch.load(folder / "found.pt", weights_only=False)
 
 
