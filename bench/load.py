@@ -18,6 +18,13 @@ class ForeignLoad:
         wall, busy, own = (b - a for a, b in zip(self._start, self._now()))
         return round(max(0.0, (busy - own) / wall), 2) if wall > 0 else None
 
+    def say(self) -> float | None:
+        """Print a line where others were busy; returns ``cores``."""
+        cores = self.cores()
+        if cores:
+            print(f"\nOther processes used {cores} cores meanwhile.")
+        return cores
+
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
         try:

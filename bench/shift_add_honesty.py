@@ -415,9 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{problem.kind}: {problem.name}", file=sys.stderr)
         found.append((problem, measure(problem, QUICK if options.quick else FULL, options.device)))
     print(table(found))
-    foreign = load.cores()
-    if foreign:
-        print(f"\nOther processes used {foreign} cores meanwhile.")
+    foreign = load.say()
     if options.json:
         report.write_json(as_json(found, about, foreign), options.json)
     return 0

@@ -14,9 +14,9 @@ import torch
 
 from . import _native, _tuning
 from ._tuning_defaults import NEVER, TILES
-from .ops import retention, scaled_dot_product_attention, toeplitz_costs, toeplitz_methods
+from .ops import retention, retnet_log_decay, scaled_dot_product_attention, toeplitz_costs, toeplitz_methods
 from .ops.attention import SMALLEST_WORK
-from .ops.retention import CPU_CHUNK, retnet_log_decay
+from .ops.retention import CPU_CHUNK
 from .ops.toeplitz_costs import COSTS
 
 CPU_FAMILIES = ("attention", "retention", "toeplitz")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,13 +13,13 @@ from conformance import (
     assert_same_bits,
     case_and_backend,
     device_of,
+    fresh_compiler,
     is_slow,
     namespace_of,
     require,
     run,
     small,
 )
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_features import checks, sample_of
 
@@ -31,12 +30,8 @@ KERNELS = case_and_backend(without=("reference",))
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
+    with fresh_compiler():
         yield
-    torch._dynamo.reset()
 
 
 def sample(case, backend, shape=None, dtype=torch.float32):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import conformance
 import numpy as np
 import pytest
 import torch
@@ -385,12 +385,8 @@ def test_narrow_levels_keep_the_accuracy_rule(level):
 
 @pytest.fixture
 def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
+    with conformance.fresh_compiler():
         yield
-    torch._dynamo.reset()
 
 
 def on_device(backend, *tensors):

@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from effattn._files import INTERRUPTED, exit_status
+
 from .. import photographs, report
 from ..load import ForeignLoad
 from ..runner import warm_up
@@ -81,16 +83,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(row(found[-1]), flush=True)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    foreign = load.cores()
-    if foreign:
-        print(f"\nOther processes used {foreign} cores meanwhile.")
+        return INTERRUPTED
+    foreign = load.say()
     if options.json:
         report.write_json(as_json(about, foreign, found), options.json)
     return 0
 
 
 if __name__ == "__main__":
-    from effattn._files import exit_status
-
     raise SystemExit(exit_status(main))

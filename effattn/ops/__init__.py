@@ -6,7 +6,8 @@ from .gaussian_mixture import gaussian_mixture_attention, masked_product_attenti
 from .information_bottleneck import centroid_probabilities, information_bottleneck_bound
 from .manhattan import manhattan_attention
 from .packed_bits import add_matmul, binary_matmul, hamming_attention, pack_signs
-from .retention import retention, retention_step, retnet_log_decay, rmt_log_decay, rotate_xpos
+from .retention import retention, retention_step
+from .retention_schedules import retnet_log_decay, rmt_log_decay, rotate_xpos
 from .shift_add import shift_add_attention
 from .shift_linear import shift_linear
 from .size_weighted_attention import size_weighted_attention

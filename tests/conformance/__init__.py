@@ -19,7 +19,7 @@ from .cases import (
     small,
 )
 from .layouts import LAYOUTS, Placed, place
-from .modes import GuardedAllocations, RecordedCalls, launch
+from .modes import GuardedAllocations, RecordedCalls, fresh_compiler, launch
 from .rule import Result, assert_same_bits, assert_within_budget, run
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "backends_of",
     "case_and_backend",
     "device_of",
+    "fresh_compiler",
     "is_slow",
     "launch",
     "namespace_of",

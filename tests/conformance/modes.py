@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import ClassVar
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -58,3 +61,14 @@ def launch(op: torch._ops.OpOverload, args: tuple, device: str):
     """Run the op's kernel itself, below autograd and below dispatch modes, so that a mode sees what it allocates."""
     key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
     return op.redispatch(torch._C.DispatchKeySet(key), *args)
+
+
+@contextlib.contextmanager
+def fresh_compiler():
+    """Within, torch.compile knows nothing of earlier calls, and its counters are at zero."""
+    torch._dynamo.reset()
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
+        yield
+    torch._dynamo.reset()

@@ -6,14 +6,12 @@ raises `Limit` with the reason, after it has seen for itself that this is so.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from conformance import RecordedCalls, device_of, is_slow, namespace_of
+from conformance import RecordedCalls, device_of, fresh_compiler, is_slow, namespace_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -89,16 +87,6 @@ def names_of(sample: Sample, backend: str) -> tuple[list[str], list[str]]:
     with RecordedCalls() as training:
         run(sample, plain(sample, backend), tensors)
     return [op._opname for op, _ in forward.calls], [op._opname for op, _ in training.calls]
-
-
-@contextlib.contextmanager
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
-        yield
-    torch._dynamo.reset()
 
 
 # ---- graphs ----
