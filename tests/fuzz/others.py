@@ -38,10 +38,14 @@ def _picture(rng: random.Random) -> dict:
     }
 
 
-@functools.cache
-def _one_rank() -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+@contextlib.contextmanager
+def _one_rank():
+    """A group of this process alone; other tests of the process find none afterwards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _parallel(rng: random.Random) -> dict:
@@ -59,8 +63,8 @@ def _parallel(rng: random.Random) -> dict:
 
 
 def _sequence_parallel(**arguments):
-    _one_rank()
-    return effattn.distributed.sequence_parallel_retention(**arguments)
+    with _one_rank():
+        return effattn.distributed.sequence_parallel_retention(**arguments)
 
 
 def _model() -> torch.nn.Module:
