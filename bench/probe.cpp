@@ -23,6 +23,8 @@
 
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(__x86_64__)
@@ -112,8 +114,46 @@ __attribute__((target("avx512f,avx512vnni"))) void dot_int8() {
   int_sink = sum;
 }
 
+// AMX: tiles of 16 rows of 64 bytes, four sums and two operands on each side. Linux lends the tiles on request.
+#if defined(__linux__)
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
+constexpr double kTileWords = 16.0 * 16 * 16;  // products of 4-byte words in one instruction
+
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+#define EFFATTN_TILE_LOOP(name, features, dot)                                                    \
+  __attribute__((target("amx-tile," features))) void name() {                                     \
+    static const TileShapes shapes; /* GCC takes the first 8 bytes of an automatic one for all */ \
+    _tile_loadconfig(&shapes);                                                                    \
+    for (std::int64_t step = 0; step < kSteps; ++step) {                                          \
+      dot(0, 4, 6);                                                                               \
+      dot(1, 4, 7);                                                                               \
+      dot(2, 5, 6);                                                                               \
+      dot(3, 5, 7);                                                                               \
+    }                                                                                             \
+    _tile_release();                                                                              \
+  }
+EFFATTN_TILE_LOOP(tiles_bf16, "amx-bf16", _tile_dpbf16ps)
+EFFATTN_TILE_LOOP(tiles_int8, "amx-int8", _tile_dpbusd)
+#undef EFFATTN_TILE_LOOP
+
 Peak find_peak(const std::string& kind) {
   __builtin_cpu_init();
+  if (kind == "bf16" && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
+    return {"tdpbf16ps, 16 x 16 tiles", 4 * kTileWords * 4, tiles_bf16};
+  if (kind == "int8" && __builtin_cpu_supports("amx-int8") && may_use_tiles())
+    return {"tdpbusd, 16 x 16 tiles", 4 * kTileWords * 8, tiles_int8};
   const bool wide = __builtin_cpu_supports("avx512f");
   if (kind == "fp32") {
     if (wide) return {"vfmadd, 512 bits", kAccumulators * 16 * 2.0, fma_avx512};

@@ -409,7 +409,8 @@ struct Kernels {
 };
 
 // The kernels of the softmax families for this element type on this processor: the engine holds bf16 products only at
-// the avx512_bf16 level. The environment variable EFFATTN_CPU_ISA, read once, can name a lower level.
+// the avx512_bf16 level, where they are faster than fp32 ones (not on Intel). The environment variable EFFATTN_CPU_ISA,
+// read once, can name a lower level, or that one with its bf16 products.
 const Kernels& kernels(DType dtype);
 
 // The highest level, for kernels that serve every element type at every level.

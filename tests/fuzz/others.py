@@ -9,7 +9,6 @@ import io
 import random
 
 import torch
-import torch.distributed as dist
 from effattn.bench import vit
 
 import effattn
@@ -38,16 +37,6 @@ def _picture(rng: random.Random) -> dict:
     }
 
 
-@contextlib.contextmanager
-def _one_rank():
-    """A group of this process alone; other tests of the process find none afterwards."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def _parallel(rng: random.Random) -> dict:
     batch, heads, tokens, width, value_dim = extent(rng, 2), extent(rng, 2), extent(rng, 6), rng.choice((1, 2, 8)), 3
     normalize = rng.choice(["none", "retnet"])
@@ -60,11 +49,6 @@ def _parallel(rng: random.Random) -> dict:
         "normalize": normalize,
         "return_state": rng.random() < 0.3,
     }
-
-
-def _sequence_parallel(**arguments):
-    with _one_rank():
-        return effattn.distributed.sequence_parallel_retention(**arguments)
 
 
 def _model() -> torch.nn.Module:
@@ -166,7 +150,7 @@ SUBJECTS = [
     ),
     Subject(
         "sequence_parallel_retention",
-        _sequence_parallel,
+        effattn.distributed.sequence_parallel_retention,
         _parallel,
         differentiable=("query", "key", "value", "log_decay"),
         in_float32=("log_decay",),
