@@ -103,6 +103,8 @@ def test_compiles_to_one_graph_that_serves_every_length(case, backend):
 
 @case_and_backend(without=("triton", "cuda"), beside_matrix=True)
 def test_compiled_without_gradients_is_the_same(case, backend):
+    if backend == "reference" and case != CASES[case.op][0]:
+        pytest.skip("once per operator: plain PyTorch, where variants are other formulas and not other code of ours")
     require(case.op, backend)
     checks.compiles(sample_of(case, backend), backend)
 
@@ -111,10 +113,10 @@ def test_compiled_without_gradients_is_the_same(case, backend):
 def test_auto_is_traceable(case, backend):
     if backend != "reference" or case != CASES[case.op][0]:
         pytest.skip("once per operator: a mode of use changes nothing of how a backend is chosen")
-    tensors, options, grad_output = sample(case, backend)
-    compiled = torch.compile(lambda t, o, _: case(t, o, "auto"), fullgraph=True, dynamic=True, backend="aot_eager")
-    got = run(compiled, tensors, options, "auto", grad_output, wrt=case.differentiable)
-    assert_agrees(got, run(case, tensors, options, "auto", grad_output), "reference")
+    tensors, options, _ = sample(case, backend)
+    compiled = torch.compile(lambda: case(tensors, options, "auto"), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), case(tensors, options, "auto"))
 
 
 @pytest.mark.slow
