@@ -163,10 +163,9 @@ the median. No GPU has been measured.
 
 
 def page(found: list[Point]) -> str:
-    parts = [HEADER]
-    for machine in dict.fromkeys(point.machine for point in found):
-        parts.append(_machine([point for point in found if point.machine == machine]))
-    return "\n".join(parts) + "\n"
+    machines = dict.fromkeys(point.machine for point in found)
+    sections = (_machine([point for point in found if point.machine == machine]) for machine in machines)
+    return "\n".join([HEADER, *sections]) + "\n"
 
 
 def _machine(found: list[Point]) -> str:
@@ -181,7 +180,7 @@ def _machine(found: list[Point]) -> str:
         lines += [_line(point, letters) for point in found if point.row["family"] == family]
     if letters:
         lines += ["", f"## Why below {LOW:.0%}", ""]
-        lines.append(f"Profiles are sampled CPU time of one thread on another machine, an Intel Xeon with AVX-512 that others kept busy, {PROFILED}.")
+        lines.append(PROFILED)
         lines += ["", "| | rows | why | tried |", "| --- | --- | --- | --- |"]
         for why, letter in letters.items():
             count = sum(reason(point, BELOW) is why for point in low)
@@ -193,7 +192,9 @@ def _machine(found: list[Point]) -> str:
     return "\n".join(lines)
 
 
-PROFILED = "with this version of the kernels"
+PROFILED = """\
+Profiles are CPU time of one thread, sampled on another machine: an Intel Xeon with AVX-512 that others kept busy. "Not explained" are rows that neither
+profile nor notes account for; some were recorded on older kernels and wait for the next run."""
 
 
 def _ceilings(found: list[Point]) -> str:
@@ -215,6 +216,10 @@ def _ceilings(found: list[Point]) -> str:
     return ", ".join(parts)
 
 
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _letter(n: int) -> str:
     return chr(ord("a") + n)
 
@@ -228,11 +233,11 @@ def _line(point: Point, letters: dict[Reason, str]) -> str:
         row["case"],
         {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[row["dtype"]],
         row["direction"].replace("+", " + "),
-        f"{row['flops'] / 1e9:.3g}",
-        f"{row['bytes'] / 1e6:.3g}",
-        f"{point.intensity:.3g}",
+        _number(row["flops"] / 1e9),
+        _number(row["bytes"] / 1e6),
+        _number(point.intensity),
         point.bound,
-        f"{noisy}{point.ms:.3g}",
+        noisy + _number(point.ms),
         f"{point.share:.0%}{f' **{why}**' if why else ''}",
         f"{point.share_with_exponentials:.0%}" if point.exponentials_limit else "",
     ]

@@ -61,7 +61,9 @@ def _panel(panel, title: str, points: list) -> None:
         panel.plot(x, y, style, color=INK, linewidth=1.4 if share == 1 else 1.0, zorder=2)
     panel.text(high, 1.06 * peak, f"multiply-adds, {peak:.0f} GFLOP/s", ha="right", va="bottom", fontsize=9)
     panel.text(high, 0.53 * peak, "half", ha="right", va="bottom", fontsize=9, color=MUTED)
-    panel.annotate(f"copy, {copy:.0f} GB/s", (3.0, 3 * copy), (-8, 2), textcoords="offset points", ha="right", fontsize=9)
+    panel.annotate(
+        f"copy, {copy:.0f} GB/s", (3.0, 3 * copy), (-8, 2), textcoords="offset points", ha="right", fontsize=9
+    )
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlim(low, high)

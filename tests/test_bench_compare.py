@@ -41,7 +41,7 @@ def verdicts(samples: list) -> list[str]:
 
 def test_equal_versions_are_called_equal_in_whole_tables():
     random = numpy.random.default_rng(1)
-    tables = [verdicts([interleaved(random) for _ in range(ROWS)]) for _ in range(200)]
+    tables = [verdicts([interleaved(random) for _ in range(ROWS)]) for _ in range(120)]
     wrong = sum(any(verdict != compare.SAME for verdict in table) for table in tables)
     assert wrong / len(tables) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / len(tables))
     assert sum(table.count(compare.SAME) for table in tables) >= 0.99 * ROWS * len(tables)
@@ -49,9 +49,9 @@ def test_equal_versions_are_called_equal_in_whole_tables():
 
 def test_intervals_of_interleaved_rows_hold_the_truth_as_often_as_they_say():
     random = numpy.random.default_rng(2)
-    found = [ratios.paired(*interleaved(random, slower=math.log(1.1))) for _ in range(600)]
+    found = [ratios.paired(*interleaved(random, slower=math.log(1.1))) for _ in range(400)]
     share = sum(ratio.low <= 1.1 <= ratio.high for ratio in found) / len(found)
-    assert share == pytest.approx(0.95, abs=0.025)
+    assert share == pytest.approx(0.95, abs=0.03)
 
 
 def test_a_row_that_is_5_percent_slower_is_found_among_equal_ones():
@@ -239,9 +239,9 @@ del retention_step
 def test_two_trees_are_measured_in_turns_and_what_they_compute_is_compared(tmp_path):
     base = copied_tree(tmp_path / "base", OTHER)
     plan = [small("retention", "retention"), small("attention", "plain"), small("retention", "retention_step")]
-    found = pairs.measure(plan, (base, ROOT), 1, Effort(0.2, 4, 1), launches=2)
+    found = pairs.measure(plan, (base, ROOT), 1, Effort(0.2, 2, 1), launches=1)
     same, other, missing = found.pairs
-    assert [len(launch) for side in same.samples for launch in side] == [4] * 4
+    assert [len(launch) for side in same.samples for launch in side] == [4, 4]
     assert all(0 < seconds < 1 for side in same.samples for launch in side for seconds in launch)
     assert other.note.startswith("outputs differ by 1.0")
     assert missing.note.startswith("base: AttributeError")
