@@ -22,6 +22,7 @@ from .load import ForeignLoad
 from .runner import FULL, QUICK
 
 THRESHOLD = 0.03
+FEWEST_LAUNCHES = 3
 FASTER, SLOWER, SAME, FEW = "faster", "slower", "no difference", "too few samples"
 APART = """\
 These are two runs, one after the other: what the machine did between them is not in the intervals, and ratios near 1
@@ -57,7 +58,10 @@ def add_arguments(parser) -> None:
         "--threshold", type=float, default=THRESHOLD, help="slower by how much is a failure, default %(default)s"
     )
     group.add_argument(
-        "--launches", type=int, default=pairs.LAUNCHES, help="of either process, at least 3; default %(default)s"
+        "--launches",
+        type=int,
+        default=pairs.LAUNCHES,
+        help=f"of either process, at least {FEWEST_LAUNCHES}; default %(default)s",
     )
     group.add_argument(
         "--clock",
@@ -75,8 +79,8 @@ def complaint(options) -> str:
         return f"--base {options.base}: there is no effattn/__init__.py in it"
     if options.base and options.device != "cpu":
         return "--base measures on the CPU only"
-    if options.launches < 3:
-        return f"--launches must be at least 3, not {options.launches}"
+    if options.launches < FEWEST_LAUNCHES:
+        return f"--launches must be at least {FEWEST_LAUNCHES}, not {options.launches}"
     if options.clock == "cpu" and options.threads != 1:
         return "--clock cpu needs --threads 1: waiting threads use CPU time"
     if options.threshold < 0:
@@ -200,7 +204,8 @@ def _differences(base: dict, head: dict) -> list[str]:
 
 def _verdicts(names, samples, interleaved, remarks, broken) -> Comparison:
     ratio, overall = (ratios.paired, ratios.paired_overall) if interleaved else (ratios.apart, ratios.apart_overall)
-    enough = [interleaved or min(map(len, row)) >= ratios.FEWEST for row in samples]
+    fewest = FEWEST_LAUNCHES if interleaved else ratios.FEWEST
+    enough = [min(map(len, row)) >= fewest for row in samples]
     found = {name: ratio(*row) for name, row, known in zip(names, samples, enough) if known}
     significant = dict(zip(found, ratios.holm([r.p for r in found.values()])))
     rows = []
