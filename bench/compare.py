@@ -100,7 +100,7 @@ def run(options, plan: list) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     print(table(comparison, options.threshold))
     return 1 if comparison.broken or failures(comparison, options.threshold) else 0
