@@ -12,7 +12,7 @@ import torch
 
 from effattn._files import INTERRUPTED, write_atomically
 
-from . import asked, ceilings, overhead, photographs, report
+from . import asked, ceilings, compare, overhead, photographs, report
 from .cases import BACKWARD, FORWARD, Case, Contender, Family, families, flops
 from .load import ForeignLoad
 from .progress import Progress
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the ratios (PNG)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    compare.add_arguments(parser)
     return parser
 
 
@@ -59,12 +60,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch finds no CUDA device")
     if options.threads < 1:
         parser.error("--threads must be at least 1")
+    if compare.complaint(options):
+        parser.error(compare.complaint(options))
     chosen = [families()[name] for name in options.family] or list(families().values())
     plan = list(_plan(chosen, options))
     if not plan:
         parser.error("no case fits these options")
     if photographs.missing():
         print(f"cases on photographs are left out: {photographs.missing()}", file=sys.stderr)
+    if options.compare:
+        return compare.run(options, plan)
     torch.set_num_threads(options.threads)
     found = _measure(plan, options)
     print(report.table(found))

@@ -1,7 +1,9 @@
-// Measures what this machine can do at most: copy bandwidth and the peaks of fp32 FMA, bf16 dot and int8 dot.
+// Measures what this machine can do at most: copy bandwidth, the peaks of fp32 FMA, bf16 dot and int8 dot, and of the
+// exponential of softmax.
 //
 //   copy_bandwidth(destination, source, threads, repeats) -> float64[repeats]   bytes read + written per second
-//   peak(kind, threads, repeats)                          -> float64[repeats]   operations per second
+//   peak(kind, threads, repeats)                          -> float64[repeats]   operations per second; of "exp2" and
+//                                                            "exp2_bf16" numbers 2^(x - c) per second
 //   instruction(kind)                                     -> the instruction that peak(kind) issues, "" if none
 //
 // A peak loop keeps 12 independent accumulators in registers and touches no memory: 12 covers latency x throughput of
@@ -148,8 +150,78 @@ EFFATTN_TILE_LOOP(tiles_bf16, "amx-bf16", _tile_dpbf16ps)
 EFFATTN_TILE_LOOP(tiles_int8, "amx-int8", _tile_dpbusd)
 #undef EFFATTN_TILE_LOOP
 
+// 2^(x - c) as the kernels compute it (csrc/cpu/simd.h): degree 5 for float32, 3 for bfloat16. As a chain x = 2^(x - 1)
+// stays in [0.5, 1].
+constexpr float kExp2Degree5[] = {
+    0.0018671452801044385f, 0.009016993467104628f, 0.05579994537004679f, 0.2401644380628233f, 0.6931513133449989f, 1.f};
+constexpr float kExp2Degree3[] = {0.07706703914784001f, 0.22764499515857392f, 0.6951167855852893f, 1.f};
+
+template <int kDegree>
+__attribute__((target("avx512f,avx512dq"))) void exp2_avx512() {
+  const float* const coefficients = kDegree == 5 ? kExp2Degree5 : kExp2Degree3;
+  __m512 x[kAccumulators], p[kDegree + 1];
+  const __m512 one = _mm512_set1_ps(1.f);
+#pragma GCC unroll 6
+  for (int d = 0; d <= kDegree; ++d) p[d] = _mm512_set1_ps(coefficients[d]);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) x[i] = _mm512_set1_ps(0.05f * static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps / 8; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) {
+      const __m512 y = _mm512_sub_ps(x[i], one);
+      const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      __m512 sum = p[0];
+#pragma GCC unroll 5
+      for (int d = 1; d <= kDegree; ++d) sum = _mm512_fmadd_ps(sum, f, p[d]);
+      x[i] = _mm512_scalef_ps(sum, y);
+    }
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm512_cvtss_f32(x[i]);
+  float_sink = sum;
+}
+
+template <int kDegree>
+__attribute__((target("avx2,fma"))) void exp2_avx2() {
+  const float* const coefficients = kDegree == 5 ? kExp2Degree5 : kExp2Degree3;
+  __m256 x[kAccumulators], p[kDegree + 1];
+  const __m256 one = _mm256_set1_ps(1.f), least = _mm256_set1_ps(-127.f);
+#pragma GCC unroll 6
+  for (int d = 0; d <= kDegree; ++d) p[d] = _mm256_set1_ps(coefficients[d]);
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) x[i] = _mm256_set1_ps(0.05f * static_cast<float>(i));
+  for (std::int64_t step = 0; step < kSteps / 8; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) {
+      const __m256 y = _mm256_max_ps(_mm256_sub_ps(x[i], one), least), n = _mm256_floor_ps(y);
+      const __m256 f = _mm256_sub_ps(y, n);
+      __m256 sum = p[0];
+#pragma GCC unroll 5
+      for (int d = 1; d <= kDegree; ++d) sum = _mm256_fmadd_ps(sum, f, p[d]);
+      const __m256i exponent = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+      x[i] = _mm256_mul_ps(sum, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    }
+  }
+  float sum = 0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kAccumulators; ++i) sum += _mm256_cvtss_f32(x[i]);
+  float_sink = sum;
+}
+
+Peak find_exp2(const std::string& kind) {
+  const bool coarse = kind == "exp2_bf16";
+  // An eighth of the steps: a number takes about eight instructions.
+  if (__builtin_cpu_supports("avx512dq"))
+    return {"vreduceps, vscalefps, 512 bits", kAccumulators * 16 / 8.0, coarse ? exp2_avx512<3> : exp2_avx512<5>};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {"vroundps, 256 bits", kAccumulators * 8 / 8.0, coarse ? exp2_avx2<3> : exp2_avx2<5>};
+  return {};
+}
+
 Peak find_peak(const std::string& kind) {
   __builtin_cpu_init();
+  if (kind.rfind("exp2", 0) == 0) return find_exp2(kind);
   if (kind == "bf16" && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
     return {"tdpbf16ps, 16 x 16 tiles", 4 * kTileWords * 4, tiles_bf16};
   if (kind == "int8" && __builtin_cpu_supports("amx-int8") && may_use_tiles())

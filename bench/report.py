@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import effattn
 from effattn._files import write_atomically
 
-from .cases import BACKWARD, OURS
+from .cases import BACKWARD, OURS, Case
 from .ceilings import Ceilings
 from .overhead import STOCK
 from .runner import Row
@@ -48,7 +49,7 @@ def machine(device: str, threads: int) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "effattn": effattn.__version__,
-        "commit": _commit(),
+        "commit": commit(Path(__file__).resolve().parent.parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -63,15 +64,14 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with "+" if its tracked files differ from it; None from a wheel."""
-    folder = Path(__file__).resolve().parent
+def commit(root: Path) -> str | None:
+    """The commit of the checkout ``root``, with "+" if its tracked files differ from it; None of an installed tree."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
 
         def git(*arguments):
-            return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
 
-        if Path(git("rev-parse", "--show-toplevel").strip()) == folder.parent:
+        if Path(git("rev-parse", "--show-toplevel").strip()) == root:
             changed = git("status", "--porcelain", "--untracked-files=no").strip()
             return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     return None
@@ -103,14 +103,7 @@ def _row_as_json(row: Row, ceilings: Ceilings) -> dict:
         results[name] = entry
     return {
         "family": row.family,
-        "operator": row.case.operator,
-        "case": row.case.name,
-        "shape": row.case.shape,
-        "grid": row.case.grid,
-        "num_prefix_tokens": row.case.num_prefix_tokens,
-        "photographs": row.case.photograph,
-        "dtype": str(row.dtype).removeprefix("torch."),
-        "direction": "forward+backward" if row.direction == BACKWARD else row.direction,
+        **case_as_json(row.case, row.dtype, row.direction),
         "flops": row.flops,
         "bytes": row.bytes,
         "floor_ms": 1e3 * floor,
@@ -118,8 +111,24 @@ def _row_as_json(row: Row, ceilings: Ceilings) -> dict:
     }
 
 
+def case_as_json(case: Case, dtype: torch.dtype, direction: str) -> dict:
+    return {
+        "operator": case.operator,
+        "case": case.name,
+        "shape": case.shape,
+        "grid": case.grid,
+        "num_prefix_tokens": case.num_prefix_tokens,
+        "photographs": case.photograph,
+        "dtype": str(dtype).removeprefix("torch."),
+        "direction": "forward+backward" if direction == BACKWARD else direction,
+    }
+
+
 def write_json(content: dict, path: str) -> None:
-    write_atomically(path, lambda name: Path(name).write_text(json.dumps(content, indent=1) + "\n"))
+    """Indented, but a list of numbers on one line."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[([\d\s.,e+-]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_atomically(path, lambda name: Path(name).write_text(text + "\n"))
 
 
 # ---- table ----

@@ -44,6 +44,7 @@ class Result(NamedTuple):
     memory: int | None = None  # peak bytes above the inputs
     error: float | None = None  # against the float64 specification
     note: str = ""  # why there is no time
+    times_ms: tuple[float, ...] = ()  # every sample, to four digits, in the order of the rounds
 
     @property
     def noise(self) -> float:
@@ -156,7 +157,7 @@ def run_row(
             results[contender.name], *calls[contender.name] = outcome
     del expected
     for name, timed in take_turns(calls, effort, device, progress).items():
-        results[name] = results[name]._replace(ms=timed.ms, quartiles=timed.quartiles, samples=timed.samples)
+        results[name] = timed._replace(memory=results[name].memory, error=results[name].error)
     work = flops(family, case, direction), bytes_moved(family, case, inputs, direction)
     return Row(family.name, case, dtype, direction, *work, results)
 
@@ -203,7 +204,8 @@ def take_turns(
     results = {}
     for name, samples in _interleave(calls, effort, device, progress).items():
         median, low, high = (1e3 * _quantile(samples, share) for share in (0.5, 0.25, 0.75))
-        results[name] = Result(ms=median, quartiles=(low, high), samples=len(samples))
+        times = tuple(float(f"{1e3 * seconds:.4g}") for seconds in samples)
+        results[name] = Result(ms=median, quartiles=(low, high), samples=len(samples), times_ms=times)
     return results
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import platform
+import statistics
 import time
 
 import pytest
@@ -223,9 +225,16 @@ def test_the_command_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     assert status == 0
-    rows = json.loads(files[0].read_text())["rows"]
+    written = json.loads(files[0].read_text())
+    rows = written["rows"]
     assert [row["direction"] for row in rows] == ["forward", "forward+backward"]
     assert rows[0]["results"]["eager"]["ratio_to_effattn"] > 0
+    for result in (result for row in rows for result in row["results"].values()):
+        assert len(result["times_ms"]) == result["samples"] > 0
+        assert statistics.median(result["times_ms"]) == pytest.approx(result["ms"], rel=1e-3)
+    # Machines whose multiply-adds the probe knows to measure are those whose exponentials it does, but for Arm's.
+    if written["ceilings"]["fp32"] and platform.machine() == "x86_64":
+        assert min(written["ceilings"][name] for name in ceilings.EXPONENTIALS) > 0
     assert files[1].read_bytes()[:4] == b"\x89PNG"
     assert "gaussian_mixture, forward, fp32" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]

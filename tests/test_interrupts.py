@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from effattn.bench import cli, report
 import effattn
 from effattn import _files
 
+ROOT = str(Path(__file__).resolve().parents[1])
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
@@ -151,10 +153,11 @@ def stop(arguments: list[str], after: float, folder, **environment) -> tuple[int
     "arguments",
     [
         ["effattn", "bench", "gaussian_mixture", "--json", "run.json", "--plot", "run.png"],
+        ["effattn", "bench", "attention", "--compare", "run.json", "new.json", "--base", ROOT],
         ["effattn.bench.shift_add_honesty", "--json", "run.json"],
         ["effattn", "tune", "--force"],
     ],
-    ids=lambda arguments: " ".join(arguments[:2]),
+    ids=lambda arguments: " ".join(arguments[:4]),
 )
 def test_a_process_that_gets_ctrl_c_leaves_nothing_half_done(folder, arguments):
     status, errors = stop(arguments, 0.3, folder, EFFATTN_CACHE_DIR=str(folder / "cache"))
