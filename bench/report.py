@@ -64,7 +64,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" if its tracked files differ from it; None from a wheel."""
+    """The checkout's commit, with "+" if tracked files other than results and pages differ; None from a wheel."""
     folder = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
 
@@ -72,7 +72,8 @@ def _commit() -> str | None:
             return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout
 
         if Path(git("rev-parse", "--show-toplevel").strip()) == folder.parent:
-            changed = git("status", "--porcelain", "--untracked-files=no").strip()
+            others = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", *others).strip()
             return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     return None
 
