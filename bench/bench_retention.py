@@ -211,7 +211,7 @@ FAMILY = Family(
             compiled=(1024, 4096),
         ),
         Sweep(
-            "Manhattan attention, decomposed, batch 8, 4 heads of 32",
+            "Manhattan attention decomposed, batch 8, 4 heads of 32",
             tuple(Case(DECOMPOSED, 8, 4, side * side, 32, f"{side}x{side}", (side, side)) for side in (14, 28, 56, 112)),
             eager=PUBLISHED,
             trained=(196, 784, 3136),

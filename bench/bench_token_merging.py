@@ -173,7 +173,7 @@ FAMILY = Family(
     asked=Asked(dtypes=("float32",), seconds=4.0),
     sweeps=(
         Sweep(
-            "Matching and merging half of the tokens, batch 4, 320 channels",
+            "Matching and merging, half of the tokens, batch 4, 320 channels",
             tuple(_halved(tokens) for tokens in (256, 1024, 4096, 16384)),
             eager=PUBLISHED,
             compiled=(1024, 4096),

@@ -37,8 +37,8 @@ def operators(family: Family, rows: Newest) -> str:
     """A table for every operator of the family that has been measured."""
     parts = []
     for operator in family.operators:
-        found = [(row, run) for row, run in rows if (row["family"], row["operator"]) == (family.name, operator)]
-        found = [(row, run) for row, run in found if any(timed(row, name) for name in row["results"])]
+        of_operator = ((row, run) for row, run in rows if (row["family"], row["operator"]) == (family.name, operator))
+        found = [(row, run) for row, run in of_operator if any(timed(row, name) for name in row["results"])]
         if found:
             parts += [f"#### {OPERATORS.get(operator, operator)}", _operator(found)]
             parts += _left_out(found)
@@ -113,11 +113,11 @@ def losses(rows: Newest) -> str:
     own = sorted((one for one in every if is_own(one.peer) and one.exact and one.ratio < 1), key=lambda one: one.ratio)
     same = sum(one.exact for one in lost)
     parts = [
-        f"Of {len(peers)} times of peers, {len(lost)} are shorter than ours in the same row: {same} of them of peers that compute the "
-        f"same function, {len(lost) - same} of others that a user may take instead or that mark what is possible."
+        f"Of {len(peers)} times of peers, {len(lost)} are shorter than ours in the same row. {same} of these are of peers whose results are "
+        f"held to the same reference as ours, {len(lost) - same} of others: dense layers, lower precision, copies, attention without structure."
     ]
     if lost:
-        parts.append(table([*_LOSS, "computes the same", "quartiles overlap", "run"], map(_loss, lost)))
+        parts.append(table([*_LOSS, "same reference", "quartiles overlap", "run"], map(_loss, lost)))
     if own:
         parts.append(
             "Another way of ours to compute the same, which the caller has to choose, was faster than the call as it stands:"

@@ -16,7 +16,7 @@ from .cases import Family, families
 from .page_tables import losses, operators, run_list, summary
 from .pictures import FEWEST
 from .recorded import RESULTS, runs
-from .standing import Newest, Standing, by_machine, standings
+from .standing import Machine, Newest, Standing, machines, standings
 
 DOCS = RESULTS.parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images" / "benchmarks"
@@ -34,32 +34,37 @@ HEAD = f"""# Benchmarks
 
 <!-- Written by {COMMAND}; do not edit. -->
 
-Every number below comes from JSON in [bench/results](../bench/results/README.md), written by the benchmark and not edited. A row is one
-shape in one dtype and pass; in it all contenders were checked against a float64 reference and then timed in turns. Reported are medians. A dagger (†) marks a median whose
-quartiles are further apart than 15 % of it, a double dagger (‡) one call instead of a median. In brackets is a peer's time over ours: above 1x
-ours is faster; where the peer is faster the cell is **bold**. "Of the limit" is the least time by FLOPs and bytes at the machine's measured ceilings over our
-time; above 100 % the data stayed in a cache, which the copy bandwidth does not know of. The last column names the run; [Runs](#runs) gives its machine, date, commit and the cores that
-other processes used meanwhile.
-Of rows measured more than once the newest is shown. `make report` measures and writes all of this anew.
+Every number below comes from JSON in [bench/results](../bench/results/README.md), which the benchmark wrote and nobody edited. A row is one shape in one
+dtype and pass. In it, those who compute the same function were compared with a float64 reference, and then all were timed in turns; reported are medians.
+
+* In brackets: a peer's time over ours. Above 1x ours is faster. Where the peer is faster the cell is **bold**, and the row is among the [losses](#where-a-peer-is-faster).
+* †: the quartiles are further apart than 15 % of the median. ‡: a single call.
+* "Of the limit": the least time by FLOPs and bytes at the measured ceilings of the machine, over our time. Above 100 % the call needed less than
+  was counted: data came from a cache, or cheaper operations did part of the work.
+* "Run" names the file; [Runs](#runs) has its machine, date, commit and the cores that other processes used meanwhile. Of a row that was measured more than
+  once the newest is shown, and an older one that timed a contender which the newest did not.
+
+`make report` measures the series of lengths on this machine and writes this page; `{COMMAND}` only writes it.
 """
 
 
 def page(folder: Path = RESULTS) -> str:
     """The text of docs/benchmarks.md."""
-    measured, other = by_machine(folder), page_models.others(folder)
+    measured, other = machines(folder), page_models.others(folder)
     parts = [HEAD, _gpus(measured), "## In short"]
-    for machine, rows in measured.items():
-        parts += [f"### {machine}", _picture(f"{machine}-summary", "Ratios of peers' times to ours, by operator")]
-        parts += ["Float32, over all recorded shapes of each operator.", summary(_standings(rows))]
+    for machine in measured:
+        parts += [f"### {machine.name}", _picture(f"{machine.name}-summary", "Peers' times over ours, by operator")]
+        parts += ["Float32, medians over all recorded shapes of an operator.", summary(_standings(machine.newest))]
     for family in families().values():
         parts.append(f"## {TITLES[family.name]}\n\nWhat it is and when it pays: [{TITLES[family.name]}]({family.name}.md).")
-        for machine, rows in measured.items():
-            if any(row["family"] == family.name for row, _ in rows):
-                parts += [f"### {TITLES[family.name]}, {machine}", *_drawn(family, machine, rows), operators(family, rows)]
+        for machine in measured:
+            if any(row["family"] == family.name for row, _ in machine.shown):
+                parts += [f"### {TITLES[family.name]}, {machine.name}", *_drawn(family, machine)]
+                parts.append(operators(family, machine.shown))
     parts += ["## Models and papers' kernels", page_models.section(other)]
     parts.append("## Where a peer is faster")
-    for machine, rows in measured.items():
-        parts += [f"### Losses, {machine}", losses(rows)]
+    for machine in measured:
+        parts += [f"### Losses, {machine.name}", losses(machine.shown)]
     parts += [
         '## Runs\n\nA "+" after a commit: tracked files of the checkout differed from it. "Cores used by others" far from 0: '
         "trust ratios more than milliseconds.",
@@ -69,8 +74,8 @@ def page(folder: Path = RESULTS) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _gpus(measured: dict[str, Newest]) -> str:
-    gpus = [machine for machine, rows in measured.items() if any(run.about["gpu"] for _, run in rows)]
+def _gpus(measured: list[Machine]) -> str:
+    gpus = [machine.name for machine in measured if any(run.about["gpu"] for _, run in machine.newest)]
     if gpus:
         return f"GPUs that have run this: {', '.join(gpus)}."
     return "**No GPU has run this**: there are times of CPUs only."
@@ -84,10 +89,10 @@ def _picture(name: str, text: str) -> str:
     return f"![{text}](images/benchmarks/{name}.png)"
 
 
-def _drawn(family: Family, machine: str, rows: Newest) -> list[str]:
+def _drawn(family: Family, machine: Machine) -> list[str]:
     """The family's picture, and what is missing from it."""
-    drawn = pictures.panels(family, rows)
-    parts = [_picture(f"{machine}-{family.name}", f"{TITLES[family.name]}: time against length")] if drawn else []
+    drawn = pictures.panels(family, machine.newest)
+    parts = [_picture(f"{machine.name}-{family.name}", f"{TITLES[family.name]}: time against length")] if drawn else []
     have = {(sweep.title, direction) for sweep, direction, _ in drawn}
     wanted = [(sweep.title, direction) for sweep in family.sweeps for direction in pictures.passes(sweep)]
     lacking = [f"{title}, {pictures.PASSES[direction]}" for title, direction in wanted if (title, direction) not in have]
@@ -101,13 +106,13 @@ def _drawn(family: Family, machine: str, rows: Newest) -> list[str]:
 
 def write_pictures(folder: Path = RESULTS, into: Path = IMAGES) -> list[Path]:
     written = []
-    for machine, rows in by_machine(folder).items():
+    for name, newest, _ in machines(folder):
         for family in families().values():
-            if pictures.panels(family, rows):
-                written.append(into / f"{machine}-{family.name}.png")
-                pictures.draw_family(family, rows, written[-1])
-        written.append(into / f"{machine}-summary.png")
-        pictures.draw_summary(_standings(rows), rows, written[-1])
+            if pictures.panels(family, newest):
+                written.append(into / f"{name}-{family.name}.png")
+                pictures.draw_family(family, newest, written[-1])
+        written.append(into / f"{name}-summary.png")
+        pictures.draw_summary(_standings(newest), newest, written[-1])
     return written
 
 

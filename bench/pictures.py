@@ -69,15 +69,17 @@ def panels(family: Family, rows: Newest) -> list[tuple[Sweep, str, Newest]]:
 
 
 def draw_family(family: Family, rows: Newest, path: Path) -> None:
-    """Time against tokens, both logarithmic; ``panels(family, rows)`` must not be empty."""
+    """Time against tokens, both logarithmic, a line of panels for each sweep; ``panels(family, rows)`` must not be empty."""
     drawn = panels(family, rows)
-    columns = min(2, len(drawn))
-    count = math.ceil(len(drawn) / columns)
-    figure, axes = _figure(count, columns, (7.4 * columns, 4.9 * count + 0.5))
-    for place, (sweep, direction, found) in enumerate(drawn):
-        _panel(axes.flat[place], sweep, direction, found)
-    for empty in list(axes.flat)[len(drawn) :]:
-        empty.set_axis_off()
+    titles = list(dict.fromkeys(sweep.title for sweep, _, _ in drawn))
+    directions = [name for name in DIRECTIONS if any(direction == name for _, direction, _ in drawn)]
+    figure, axes = _figure(len(titles), len(directions), (7.4 * len(directions), 4.9 * len(titles) + 0.3))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for sweep, direction, found in drawn:
+        axis = axes[titles.index(sweep.title), directions.index(direction)]
+        axis.set_axis_on()
+        _panel(axis, sweep, direction, found)
     _sign(figure, [run for _, _, found in drawn for _, run in found])
     _save(figure, path)
 
@@ -137,7 +139,7 @@ def _bar(axis, y: float, ratios: list[float], colour: str, ink: str) -> None:
 def _panel(axis, sweep: Sweep, direction: str, found: Newest) -> None:
     names = dict.fromkeys(name for row, _ in found for name in row["results"] if timed(row, name))
     names = [name for name in names if name not in sweep.without]
-    ends = []
+    lengths, ends = [row["shape"][2] for row, _ in found], []
     for name in names:
         points = [(r["shape"][2], r["results"][name]["ms"]) for r, _ in found if timed(r, name)]
         ours = name == OURS
@@ -145,21 +147,20 @@ def _panel(axis, sweep: Sweep, direction: str, found: Newest) -> None:
         style = {"linewidth": 2.6 if ours else 1.5, "zorder": 4 if ours else 3, "markersize": 5.5 if ours else 4}
         dashes = (0, (4, 2)) if name in (UNMASKED, "sdpa causal", "copy") else "-"
         axis.plot(*zip(*points), color=colour, marker="o", linestyle=dashes, **style)
-        ends.append((*points[-1], NAMES.get(name, name), colour, ours))
+        ends.append((points, NAMES.get(name, name), colour, ours))
     floors = [(row["shape"][2], row["floor_ms"]) for row, _ in found if row["floor_ms"]]
     if floors:
         axis.plot(*zip(*floors), color=INK, linewidth=1.1, linestyle=":", zorder=2)
-        ends.append((*floors[-1], FLOOR, INK, False))
+        ends.append((floors, FLOOR, INK, False))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    lengths = [row["shape"][2] for row, _ in found]
     axis.set_xticks(lengths, [f"{n:,}".replace(",", " ") for n in lengths])
     axis.minorticks_off()
     times = [row["results"][name]["ms"] for row, _ in found for name in names if timed(row, name)]
     times += [ms for _, ms in floors]
     low, high = min(times), max(times)
     axis.set_ylim(low / 1.8, high * 1.8)
-    axis.set_xlim(lengths[0] / 1.25, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.42)
+    axis.set_xlim(lengths[0] / 1.25, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.38)
     powers = range(math.floor(math.log10(low / 1.8)), math.ceil(math.log10(high * 1.8)) + 1)
     ticks = [10.0**power for power in powers if low / 1.8 <= 10.0**power <= high * 1.8]
     axis.set_yticks(ticks, [f"{t:g} ms" if t < 1000 else f"{t / 1000:g} s" for t in ticks])
@@ -174,11 +175,16 @@ def _panel(axis, sweep: Sweep, direction: str, found: Newest) -> None:
 
 
 def _label_ends(axis, ends: list, last: float) -> None:
-    """Names beside the lines, moved apart where they would meet, each tied to its line's end."""
+    """Names beside the lines, moved apart where they would meet, each tied to its line's end.
+
+    A line that ends early has its name where it would have gone on to.
+    """
     low, high = (math.log(limit) for limit in axis.get_ylim())
     gap = (high - low) * 0.052
-    ends = sorted(ends, key=lambda end: end[1])
-    places = [math.log(end[1]) for end in ends]
+    usual = next((_slope(points) for points, _, _, ours in ends if ours), 1.0)
+    heights = {id(end): _height(end[0], last, usual) for end in ends}
+    ends = sorted(ends, key=lambda end: heights[id(end)])
+    places = [min(high - gap / 2, heights[id(end)]) for end in ends]
     for _ in range(200):  # relax: neighbours that are too close push each other apart
         for i in range(len(places) - 1):
             lack = gap - (places[i + 1] - places[i])
@@ -189,10 +195,22 @@ def _label_ends(axis, ends: list, last: float) -> None:
         places[-1] = min(places[-1], high - gap / 2)
     left, right = axis.get_xlim()
     column = last * (right / last) ** 0.12
-    for (x, y, name, colour, ours), place in zip(ends, places):
-        axis.plot((x, column), (y, math.exp(place)), color=colour, linewidth=0.7, alpha=0.6, zorder=1)
+    for (points, name, colour, ours), place in zip(ends, places):
+        x, y = points[-1]
+        axis.plot((x, column), (y, math.exp(place)), color=colour, linewidth=0.8, linestyle=":", zorder=1)
         weight = "bold" if ours else "normal"
         axis.text(column * 1.03, math.exp(place), name, color=colour, fontsize=9, fontweight=weight, va="center")
+
+
+def _slope(points: list) -> float:
+    (before, less), (x, y) = points[-2:]
+    return math.log(y / less) / math.log(x / before)
+
+
+def _height(points: list, last: float, usual: float) -> float:
+    """Logarithm of a line's value at ``last``, carried on with its last slope; with the ``usual`` one of a single point."""
+    x, y = points[-1]
+    return math.log(y) + math.log(last / x) * (_slope(points) if len(points) > 1 else usual)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options):

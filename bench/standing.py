@@ -57,12 +57,37 @@ class Standing(NamedTuple):
     fastest: list[float]  # to whichever peer was fastest in each row
 
 
-def by_machine(folder: Path = RESULTS) -> dict[str, Newest]:
-    """The newest row of every case, by machine."""
-    found: dict[str, list[Run]] = {}
+class Machine(NamedTuple):
+    """What has been recorded on one: the newest row of every case, and the rows that are shown.
+
+    An older row is shown too where it timed a contender that the newest did not.
+    """
+
+    name: str
+    newest: Newest
+    shown: Newest
+
+
+def machines(folder: Path = RESULTS) -> list[Machine]:
+    by_name: dict[str, list[Run]] = {}
     for run in runs(folder):
-        found.setdefault(run.machine, []).append(run)
-    return {machine: list(newest_rows(of_machine).values()) for machine, of_machine in sorted(found.items())}
+        by_name.setdefault(run.machine, []).append(run)
+    found = []
+    for name, of_machine in sorted(by_name.items()):
+        newest = newest_rows(of_machine)
+        seen = {key: _who(row) for key, (row, _) in newest.items()}
+        older = []
+        for run in reversed(of_machine):
+            for key, (row, _) in newest_rows([run]).items():
+                if not _who(row) <= seen[key]:
+                    older.append((row, run))
+                    seen[key] |= _who(row)
+        found.append(Machine(name, list(newest.values()), [*newest.values(), *older]))
+    return found
+
+
+def _who(row: dict) -> set[str]:
+    return {name for name in row["results"] if timed(row, name)}
 
 
 def is_own(name: str) -> bool:
