@@ -45,14 +45,14 @@ class Pace:
         known = self._known.get(contender.name)
         if contender.name == OURS or not known:
             return ""
-        (last, seconds), exponent = known[-1], 2.0
+        (last, seconds), exponent, grows = known[-1], 2.0, "taken to grow"
         if len(known) > 1:
             before, less = known[-2]
-            exponent = min(3.0, max(0.0, math.log(seconds / less) / math.log(last / before)))
+            exponent, grows = min(3.0, max(0.0, math.log(seconds / less) / math.log(last / before))), "growing"
         foretold = seconds * (case.tokens / last) ** exponent
         if foretold <= LIMIT:
             return ""
-        return f"would take about {foretold:.0f} s a call: {seconds:.2g} s at {last}, growing with power {exponent:.1f}"
+        return f"would take about {foretold:.0f} s a call: {seconds:.2g} s at {last}, {grows} with power {exponent:.1f}"
 
 
 def rows(family: Family) -> Iterator[tuple[Sweep, Case, str, Pace]]:
