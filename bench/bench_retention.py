@@ -212,7 +212,9 @@ FAMILY = Family(
         ),
         Sweep(
             "Manhattan attention decomposed, batch 8, 4 heads of 32",
-            tuple(Case(DECOMPOSED, 8, 4, side * side, 32, f"{side}x{side}", (side, side)) for side in (14, 28, 56, 112)),
+            tuple(
+                Case(DECOMPOSED, 8, 4, side * side, 32, f"{side}x{side}", (side, side)) for side in (14, 28, 56, 112)
+            ),
             eager=PUBLISHED,
             trained=(196, 784, 3136),
             compiled=(784,),

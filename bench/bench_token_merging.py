@@ -102,7 +102,6 @@ def _soft_flops(case: Case) -> float:
     return 2.0 * case.batch * case.tokens * case.head_dim * case.output_tokens
 
 
-
 def _halved(tokens: int) -> Case:
     """The class token is never merged."""
     label, kept = f"C=320 r={tokens // 2}", tokens // 2 + 1

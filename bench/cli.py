@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         help="growing lengths of every family, float32, for the report: one JSON file per family, each written when "
         "it is done; takes --quick, --resume, --into, --threads, --device",
     )
-    parser.add_argument("--resume", action="store_true", help="with --sweep: leave families that this commit has measured")
+    parser.add_argument(
+        "--resume", action="store_true", help="with --sweep: leave families that this commit has measured"
+    )
     parser.add_argument("--into", metavar="FOLDER", help="of --sweep; default bench/results/<this machine>")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose operator or name contains TEXT")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=(), help="only these contenders")

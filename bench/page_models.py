@@ -75,7 +75,14 @@ def _kernels(file: Other) -> str:
         for one in problem["contenders"]:
             if one["rival"] and one["rival_over_it"] and named[one["rival"]]["ms"]:
                 slower += one["rival_over_it"] < 1
-                cells = [problem["kind"], problem["name"], one["name"], _ms(one), one["rival"], _ms(named[one["rival"]])]
+                cells = [
+                    problem["kind"],
+                    problem["name"],
+                    one["name"],
+                    _ms(one),
+                    one["rival"],
+                    _ms(named[one["rival"]]),
+                ]
                 lines.append([*cells, _ratio(one["rival_over_it"])])
     header = ["kind", "shape", "effattn", "its ms", "rival", "rival's ms", "rival's time over ours"]
     return (

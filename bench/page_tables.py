@@ -12,7 +12,7 @@ from .recorded import Run
 from .standing import Against, Newest, Standing, against, is_own, middle, noisy, timed
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-NONE = "–"
+NONE = "-"
 
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
@@ -91,7 +91,15 @@ def _left_out(rows: Newest) -> list[str]:
 
 
 def summary(standings: list[Standing]) -> str:
-    header = ["operator", "pass", "shapes", "over the fastest peer measured", "least", "largest", "over the published form in eager"]
+    header = [
+        "operator",
+        "pass",
+        "shapes",
+        "over the fastest peer measured",
+        "least",
+        "largest",
+        "over the published form in eager",
+    ]
     lines = []
     for one in standings:
         least, largest = min(one.fastest), max(one.fastest)
@@ -141,7 +149,17 @@ def _loss(one: Against) -> list[str]:
 
 
 def run_list(runs: list[Run]) -> str:
-    header = ["run", "machine", "threads", "date", "commit", "torch", "cores used by others", "copy, GB/s", "fp32, GFLOP/s"]
+    header = [
+        "run",
+        "machine",
+        "threads",
+        "date",
+        "commit",
+        "torch",
+        "cores used by others",
+        "copy, GB/s",
+        "fp32, GFLOP/s",
+    ]
     return table(header, (_run(run) for run in runs))
 
 

@@ -56,7 +56,9 @@ def page(folder: Path = RESULTS) -> str:
         parts += [f"### {machine.name}", _picture(f"{machine.name}-summary", "Peers' times over ours, by operator")]
         parts += ["Float32, medians over all recorded shapes of an operator.", summary(_standings(machine.newest))]
     for family in families().values():
-        parts.append(f"## {TITLES[family.name]}\n\nWhat it is and when it pays: [{TITLES[family.name]}]({family.name}.md).")
+        parts.append(
+            f"## {TITLES[family.name]}\n\nWhat it is and when it pays: [{TITLES[family.name]}]({family.name}.md)."
+        )
         for machine in measured:
             if any(row["family"] == family.name for row, _ in machine.shown):
                 parts += [f"### {TITLES[family.name]}, {machine.name}", *_drawn(family, machine)]
@@ -95,7 +97,9 @@ def _drawn(family: Family, machine: Machine) -> list[str]:
     parts = [_picture(f"{machine.name}-{family.name}", f"{TITLES[family.name]}: time against length")] if drawn else []
     have = {(sweep.title, direction) for sweep, direction, _ in drawn}
     wanted = [(sweep.title, direction) for sweep in family.sweeps for direction in pictures.passes(sweep)]
-    lacking = [f"{title}, {pictures.PASSES[direction]}" for title, direction in wanted if (title, direction) not in have]
+    lacking = [
+        f"{title}, {pictures.PASSES[direction]}" for title, direction in wanted if (title, direction) not in have
+    ]
     if lacking:
         parts.append(
             f"Not drawn, for fewer than {FEWEST} of its lengths have been measured on this machine: {'; '.join(lacking)}. "

@@ -9,12 +9,11 @@ from pathlib import Path
 from effattn._files import write_atomically
 
 from .cases import OURS, UNMASKED, Family, Sweep
-from .plot import GRID, INK, MUTED, NAMES
-from .plot import COLOURS as BARS
+from .plot import COLOURS, GRID, INK, MUTED, NAMES
 from .standing import DIRECTIONS, Newest, Standing, middle, timed
 
 FEWEST = 3  # lengths that make a line
-OWN = BARS[OURS]
+OWN = COLOURS[OURS]
 EAGER, LOSS = "#d9b98a", "#b91c1c"
 KINDS = {  # a contender's colour says what kind of program it is
     "eager": "#d97706",
@@ -64,7 +63,9 @@ def passes(sweep: Sweep) -> tuple[str, ...]:
 
 def panels(family: Family, rows: Newest) -> list[tuple[Sweep, str, Newest]]:
     """What of the family has been measured at enough lengths to be drawn."""
-    every = [(sweep, direction, lines(sweep, direction, rows)) for sweep in family.sweeps for direction in passes(sweep)]
+    every = [
+        (sweep, direction, lines(sweep, direction, rows)) for sweep in family.sweeps for direction in passes(sweep)
+    ]
     return [panel for panel in every if len(panel[2]) >= FEWEST]
 
 
@@ -98,7 +99,9 @@ def draw_summary(standings: list[Standing], rows: Newest, path: Path) -> None:
         axis.axvline(1, color=INK, linewidth=1.2, zorder=3)
         axis.set_xscale("log")
         axis.set_xlim(min(0.8, min(values) / 1.5), max(values) * 7)
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(0.8, min(values)) <= t <= max(values) * 1.3]
+        ticks = [
+            t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(0.8, min(values)) <= t <= max(values) * 1.3
+        ]
         axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         axis.minorticks_off()
         axis.set_yticks(range(len(names)), [textwrap.fill(name.split(",")[0], 27) for name in names])
@@ -193,8 +196,7 @@ def _label_ends(axis, ends: list, last: float) -> None:
                 places[i + 1] += lack / 2
         places[0] = max(places[0], low + gap / 2)
         places[-1] = min(places[-1], high - gap / 2)
-    left, right = axis.get_xlim()
-    column = last * (right / last) ** 0.12
+    column = last * (axis.get_xlim()[1] / last) ** 0.12
     for (points, name, colour, ours), place in zip(ends, places):
         x, y = points[-1]
         axis.plot((x, column), (y, math.exp(place)), color=colour, linewidth=0.8, linestyle=":", zorder=1)
