@@ -125,27 +125,28 @@ def losses(rows: Newest) -> str:
         f"held to the same reference as ours, {len(lost) - same} of others: dense layers, lower precision, copies, attention without structure."
     ]
     if lost:
-        parts.append(table([*_LOSS, "same reference", "quartiles overlap", "run"], map(_loss, lost)))
+        lines = ([*_both(one), "yes" if one.exact else "no", *_doubt(one)] for one in lost)
+        parts.append(table([*_LOSS, "same reference", *_DOUBT], lines))
     if own:
         parts.append(
             "Another way of ours to compute the same, which the caller has to choose, was faster than the call as it stands:"
         )
-        lines = ([*_both(one), name_of(one.run)] for one in own)
-        parts.append(table([*_LOSS, "run"], lines))
+        parts.append(table([*_LOSS, *_DOUBT], ([*_both(one), *_doubt(one)] for one in own)))
     return "\n\n".join(parts)
 
 
 _LOSS = ["operator", "B x H x N x D", "dtype", "pass", "effattn, ms", "faster", "its ms", "its time over ours"]
+_DOUBT = ["quartiles overlap", "run"]
 
 
 def _both(one: Against) -> list[str]:
     row = one.row
     cells = [row["operator"], row["case"], SHORT[row["dtype"]], PASSES[row["direction"]], milliseconds(one.ours)]
-    return [*cells, NAMES.get(one.peer, one.peer), milliseconds(one.theirs), f"{one.ratio:.2f}x"]
+    return [*cells, NAMES.get(one.peer, one.peer), milliseconds(one.theirs), f"{one.ratio:.3f}x"]
 
 
-def _loss(one: Against) -> list[str]:
-    return [*_both(one), "yes" if one.exact else "no", "yes" if one.overlap else "no", name_of(one.run)]
+def _doubt(one: Against) -> list[str]:
+    return ["yes" if one.overlap else "no", name_of(one.run)]
 
 
 def run_list(runs: list[Run]) -> str:

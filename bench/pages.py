@@ -64,7 +64,9 @@ def page(folder: Path = RESULTS) -> str:
                 parts += [f"### {TITLES[family.name]}, {machine.name}", *_drawn(family, machine)]
                 parts.append(operators(family, machine.shown))
     parts += ["## Models and papers' kernels", page_models.section(other)]
-    parts.append("## Where a peer is faster")
+    parts.append(
+        "## Where a peer is faster\n\nOf whole models and of the shift-add paper's shapes see the bold cells [above](#models-and-papers-kernels)."
+    )
     for machine in measured:
         parts += [f"### Losses, {machine.name}", losses(machine.shown)]
     parts += [
