@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.sweep:
         if taken := [name for name in NOT_OF_SWEEPS if getattr(options, name)]:
             parser.error(f"--sweep does not take --{taken[0]}")
+        if options.quick and not options.into:
+            parser.error("--sweep --quick is for trying out and needs --into: the report takes full measurements only")
         effort = sweep.QUICK if options.quick else sweep.EFFORT
         where = {"device": options.device, "threads": options.threads, "folder": options.into}
         return sweep.run(chosen, effort, resume=options.resume, **where)

@@ -141,7 +141,9 @@ def test_an_interrupted_sweep_keeps_the_families_that_are_done(tiny, tmp_path, m
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--sweep", "--asked"], ["--sweep", "--dtype", "bfloat16"], ["--resume"]])
+@pytest.mark.parametrize(
+    "arguments", [["--sweep", "--asked"], ["--sweep", "--dtype", "bfloat16"], ["--sweep", "--quick"], ["--resume"]]
+)
 def test_options_that_a_sweep_does_not_take_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
