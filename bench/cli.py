@@ -12,7 +12,7 @@ import torch
 
 from effattn._files import INTERRUPTED, write_atomically
 
-from . import asked, ceilings, overhead, photographs, report, sweep
+from . import asked, ceilings, overhead, photographs, recorded, report, sweep
 from .cases import BACKWARD, FORWARD, Case, Contender, Family, families, flops
 from .load import ForeignLoad
 from .progress import Progress
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--sweep does not take --{taken[0]}")
         if options.quick and not options.into:
             parser.error("--sweep --quick is for trying out and needs --into: the report takes full measurements only")
+        if not options.into and not recorded.RESULTS.is_dir():
+            parser.error(f"--sweep needs --into: there is no {recorded.RESULTS}, this is no checkout")
         effort = sweep.QUICK if options.quick else sweep.EFFORT
         where = {"device": options.device, "threads": options.threads, "folder": options.into}
         return sweep.run(chosen, effort, resume=options.resume, **where)

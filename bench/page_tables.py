@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 from .cases import OURS, Family
 from .pictures import PASSES, times
 from .plot import NAMES, OPERATORS
 from .recorded import Run
-from .standing import Against, Newest, Standing, against, is_own, middle, noisy, timed
+from .standing import Against, Newest, Standing, against, is_own, noisy, timed
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NONE = "-"
@@ -68,7 +69,7 @@ def _line(row: dict, peers: list[str]) -> list[str]:
         else:
             ratio = results[peer]["ms"] / results[OURS]["ms"]
             text = f"{milliseconds(results[peer])} ({times(ratio)})"
-            cells.append(f"**{text}**" if ratio < 1 else text)
+            cells.append(f"**{text}**" if ratio < 1 and not is_own(peer) else text)
     share = row["floor_ms"] / results[OURS]["ms"] if timed(row) and row["floor_ms"] else 0
     return [*cells, f"{100 * share:.0f} %" if share else NONE]
 
@@ -103,9 +104,9 @@ def summary(standings: list[Standing]) -> str:
     lines = []
     for one in standings:
         least, largest = min(one.fastest), max(one.fastest)
-        eager = times(middle(one.eager)) if one.eager else NONE
+        eager = times(median(one.eager)) if one.eager else NONE
         cells = [one.sweep.title.split(",")[0], PASSES[one.direction], str(len(one.fastest))]
-        lines.append([*cells, _bold(middle(one.fastest)), _bold(least), _bold(largest), eager])
+        lines.append([*cells, _bold(median(one.fastest)), _bold(least), _bold(largest), eager])
     return table(header, lines)
 
 

@@ -16,7 +16,7 @@ from .cases import Family, families
 from .page_tables import losses, operators, run_list, summary
 from .pictures import FEWEST
 from .recorded import RESULTS, runs
-from .standing import Machine, Newest, Standing, machines, standings
+from .standing import Machine, Newest, Standing, by_machine, standings
 
 DOCS = RESULTS.parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images" / "benchmarks"
@@ -50,7 +50,7 @@ dtype and pass. In it, those who compute the same function were compared with a 
 
 def page(folder: Path = RESULTS) -> str:
     """The text of docs/benchmarks.md."""
-    measured, other = machines(folder), page_models.others(folder)
+    measured, other = by_machine(folder), page_models.others(folder)
     parts = [HEAD, _gpus(measured), "## In short"]
     for machine in measured:
         parts += [f"### {machine.name}", _picture(f"{machine.name}-summary", "Peers' times over ours, by operator")]
@@ -112,7 +112,7 @@ def _drawn(family: Family, machine: Machine) -> list[str]:
 
 def write_pictures(folder: Path = RESULTS, into: Path = IMAGES) -> list[Path]:
     written = []
-    for name, newest, _ in machines(folder):
+    for name, newest, _ in by_machine(folder):
         for family in families().values():
             if pictures.panels(family, newest):
                 written.append(into / f"{name}-{family.name}.png")
@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is stale")
     options = parser.parse_args(argv)
+    if not RESULTS.is_dir():
+        parser.error(f"there is no {RESULTS}: the page is written in a checkout")
     text = page()
     if options.check:
         if not PAGE.exists() or PAGE.read_text() != text:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
+from statistics import median
 
 from effattn._files import write_atomically
 
 from .cases import OURS, UNMASKED, Family, Sweep
 from .plot import COLOURS, GRID, INK, MUTED, NAMES
-from .standing import DIRECTIONS, Newest, Standing, middle, timed
+from .standing import DIRECTIONS, Newest, Standing, timed
 
 FEWEST = 3  # lengths that make a line
 OWN = COLOURS[OURS]
@@ -128,7 +129,7 @@ def times(ratio: float) -> str:
 def _bar(axis, y: float, ratios: list[float], colour: str, ink: str) -> None:
     if not ratios:
         return
-    value = middle(ratios)
+    value = median(ratios)
     losing = value < 1
     axis.barh(y, value - 1, left=1, height=0.34, color=LOSS if losing else colour, zorder=2)
     axis.plot((min(ratios), max(ratios)), (y, y), color=INK, linewidth=1, alpha=0.75, zorder=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +67,7 @@ class Machine(NamedTuple):
     shown: Newest
 
 
-def machines(folder: Path = RESULTS) -> list[Machine]:
+def by_machine(folder: Path = RESULTS) -> list[Machine]:
     by_name: dict[str, list[Run]] = {}
     for run in runs(folder):
         by_name.setdefault(run.machine, []).append(run)
@@ -125,7 +124,3 @@ def standings(family: Family, rows: Newest) -> list[Standing]:
             if fastest:
                 found.append(Standing(sweep, family.name, direction, eager, fastest))
     return found
-
-
-def middle(ratios: list[float]) -> float:
-    return statistics.median(ratios)

@@ -45,7 +45,7 @@ class Pace:
         known = self._known.get(contender.name)
         if contender.name == OURS or not known:
             return ""
-        (last, seconds), exponent, grows = known[-1], 2.0, "taken to grow"
+        (last, seconds), exponent, grows = known[-1], 1.0, "taken to grow"
         if len(known) > 1:
             before, less = known[-2]
             exponent, grows = min(3.0, max(0.0, math.log(seconds / less) / math.log(last / before))), "growing"

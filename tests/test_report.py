@@ -234,7 +234,7 @@ def lost(tmp_path):
 
 
 def test_losses_are_told_largest_first(lost):
-    (machine,) = pages.machines(lost)
+    (machine,) = pages.by_machine(lost)
     assert page_tables.losses(machine.shown) == LOST
 
 
@@ -260,7 +260,7 @@ def test_the_newest_row_counts_and_an_older_one_that_tells_more_is_shown(tmp_pat
     record(tmp_path, [row(128, {OURS: result(9.0), "flex": result(9.0)})], "older")
     record(tmp_path, [row(128, {OURS: result(1.0), "eager": result(1.5)})], "newer", date="2026-01-03T00:00:00+00:00")
     record(tmp_path, [row(128, {OURS: result(8.0), "eager": result(8.0)})], "oldest", date="2026-01-01T00:00:00+00:00")
-    (machine,) = pages.machines(tmp_path)
+    (machine,) = pages.by_machine(tmp_path)
     assert [run.path.stem for _, run in machine.newest] == ["newer"]
     assert [run.path.stem for _, run in machine.shown] == ["newer", "older"]
     (standing,) = pages.standings(families()["attention"], machine.newest)
