@@ -12,7 +12,7 @@ import torch
 
 from effattn._files import INTERRUPTED, write_atomically
 
-from . import asked, ceilings, overhead, photographs, recorded, report, sweep
+from . import asked, ceilings, overhead, photographs, report
 from .cases import BACKWARD, FORWARD, Case, Contender, Family, families, flops
 from .load import ForeignLoad
 from .progress import Progress
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--threads must be at least 1")
     chosen = [families()[name] for name in options.family] or list(families().values())
     if options.sweep:
+        from . import recorded, sweep
+
         if taken := [name for name in NOT_OF_SWEEPS if getattr(options, name)]:
             parser.error(f"--sweep does not take --{taken[0]}")
         if options.quick and not options.into:

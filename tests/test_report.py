@@ -106,7 +106,8 @@ def tiny(monkeypatch):
 
 
 def test_a_sweep_writes_a_run_that_is_read_back_and_resumes(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.report, "_commit", lambda: "abc")
+    machine, commit = sweep.report.machine, ["abc"]
+    monkeypatch.setattr(sweep.report, "machine", lambda *of: {**machine(*of), "commit": commit[0]})
     command = ["attention", "--sweep", "--quick", "--into", str(tmp_path / "here")]
     assert cli.main(command) == 0
     (run,) = recorded.runs(tmp_path)
@@ -119,7 +120,7 @@ def test_a_sweep_writes_a_run_that_is_read_back_and_resumes(tiny, tmp_path, monk
     written = run.path.stat().st_mtime_ns
     assert cli.main([*command, "--resume"]) == 0
     assert run.path.stat().st_mtime_ns == written
-    monkeypatch.setattr(sweep.report, "_commit", lambda: "def")
+    commit[0] = "def"
     assert cli.main([*command, "--resume"]) == 0
     assert run.path.stat().st_mtime_ns > written
     capsys.readouterr()
