@@ -6,11 +6,12 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install test bench accuracy docs docs-serve lint format wheel clean
+.PHONY: help install test bench report accuracy docs docs-serve lint format wheel clean
 
 help:
 	@echo "make test      install into $(VENV), build, run the tests"
 	@echo "make bench     install, build, measure against every peer, print a table, write build/bench.png"
+	@echo "make report    measure all families over growing lengths, up to 14 minutes on 2 idle cores; write docs/benchmarks.md"
 	@echo "make accuracy  regenerate docs/accuracy.md"
 	@echo "make docs      build the site into build/site; make docs-serve shows it and follows changes"
 	@echo "make lint      ruff and clang-format; make format applies them"
@@ -33,6 +34,10 @@ test: install
 bench: install
 	mkdir -p build
 	$(BIN)/python -m effattn bench --quick --json build/bench.json --plot build/bench.png
+
+report: install
+	$(BIN)/python -m effattn bench --sweep --resume
+	$(BIN)/python -m effattn.bench.pages
 
 accuracy: install
 	$(BIN)/python -m effattn.bench.accuracy

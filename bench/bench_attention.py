@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator, Sweep
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, flex, scores, unmasked_sdpa
 
 import effattn
@@ -140,6 +140,14 @@ FAMILY = Family(
         Case(BOOLEAN, 1, 8, 4096, 64),
         Case("causal", 1, 12, 1024, 64, quick=True),
         Case("causal", 1, 8, 4096, 64),
+    ),
+    sweeps=(
+        Sweep(
+            "Plain attention, 8 heads of 64",
+            tuple(Case("plain", 1, 8, tokens, 64) for tokens in (256, 1024, 2048, 4096, 8192)),
+            trained=(256, 1024, 4096),
+            compiled=(1024, 4096),
+        ),
     ),
 )
 

@@ -19,6 +19,7 @@ from effattn.bench.cases import (
     Family,
     Inputs,
     Operator,
+    Sweep,
 )
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled
 from effattn.bench.window_peers import CROSS, ON_WINDOWS, OVERLAPPING, SHIFTED, overlap, shift, stripes
@@ -26,6 +27,7 @@ from effattn.bench.window_peers import CROSS, ON_WINDOWS, OVERLAPPING, SHIFTED, 
 import effattn
 
 BATCH = 8
+SIDES = (14, 28, 56, 112, 224)
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
@@ -161,6 +163,15 @@ FAMILY = Family(
         forward=(OURS, "eager", "torch.compile", ON_WINDOWS),
         backward=(OURS, "eager"),
         seconds=1.5,
+    ),
+    sweeps=(
+        Sweep(
+            "Cross-shaped windows with LePE, stripes of 7, 4 heads of 32",
+            tuple(Case(CROSS, 1, 4, side * side, 32, f"{side}x{side}", (side, side), window=7) for side in SIDES),
+            trained=(784, 3136, 12544),
+            compiled=(784, 12544),
+            axis="tokens of a square grid",
+        ),
     ),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from effattn.bench import retention_peers as peers
-from effattn.bench.cases import OURS, UNMASKED, Asked, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.cases import OURS, UNMASKED, Asked, Call, Case, Contender, Family, Inputs, Operator, Sweep
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, unmasked_sdpa
 from effattn.bench.retention_peers import BIDIRECTIONAL
 
@@ -201,6 +201,25 @@ FAMILY = Family(
         forward=(OURS, CAUSAL, PARALLEL, CHUNKWISE, INPLACE, UNMASKED, PUBLISHED),
         backward=(OURS, CHUNKWISE, PUBLISHED),
         seconds=3.0,
+    ),
+    sweeps=(
+        Sweep(
+            "Retention, causal, 8 heads of 64",
+            tuple(Case(RETENTION, 1, 8, tokens, 64) for tokens in (256, 1024, 4096, 16384, 65536)),
+            eager=CHUNKWISE,
+            trained=(256, 1024, 4096, 16384),
+            compiled=(1024, 4096),
+        ),
+        Sweep(
+            "Manhattan attention decomposed, batch 8, 4 heads of 32",
+            tuple(
+                Case(DECOMPOSED, 8, 4, side * side, 32, f"{side}x{side}", (side, side)) for side in (14, 28, 56, 112)
+            ),
+            eager=PUBLISHED,
+            trained=(196, 784, 3136),
+            compiled=(784,),
+            axis="tokens of a square grid",
+        ),
     ),
 )
 

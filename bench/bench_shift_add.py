@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.cases import OURS, Call, Case, Contender, Family, Inputs, Operator, Sweep
 from effattn.bench.peers import compiled, unmasked_sdpa
 
 import effattn
@@ -263,6 +263,22 @@ FAMILY = Family(
         Case("attention", 1, 1, 3136, 64),
         _scores(32, 5, 196, 64, asked=True),
         _scores(1, 1, 3136, 64, asked=True),
+    ),
+    sweeps=(
+        Sweep(
+            "Shift layer, 4096 to 4096 channels",
+            tuple(_linear(rows, 4096, 4096) for rows in (1, 4, 16, 64, 256, 1024)),
+            eager="eager shift",
+            compiled=(1, 64),
+            rivals=(LINEAR,),
+            axis="rows of the input",
+        ),
+        Sweep(
+            "Shift-add attention, batch 8, 1 head of 64",
+            tuple(Case("attention", 8, 1, tokens, 64) for tokens in (196, 784, 3136, 12544)),
+            trained=(196, 784, 3136),
+            compiled=(784, 3136),
+        ),
     ),
 )
 

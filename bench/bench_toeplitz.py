@@ -9,7 +9,7 @@ import math
 
 import torch
 from effattn.bench import toeplitz_peers as peers
-from effattn.bench.cases import OURS, UNMASKED, Asked, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.cases import OURS, UNMASKED, Asked, Call, Case, Contender, Family, Inputs, Operator, Sweep
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, unmasked_sdpa
 from effattn.bench.toeplitz_peers import FEATURES
 
@@ -128,6 +128,19 @@ FAMILY = Family(
         forward=(OURS, DIRECT, FFT, STRUCTURED, FORMULA, BIASED, UNMASKED),
         backward=(OURS, DIRECT, FFT, FORMULA),
         seconds=3.0,
+    ),
+    sweeps=(
+        Sweep(
+            "Kernelised attention with a relative position bias, 8 heads of 64, 32 features",
+            (
+                *(Case(KERNELIZED, 1, 8, tokens, 64) for tokens in (256, 1024, 4096)),
+                *(Case(LONG, 1, 8, tokens, 64) for tokens in (16384, 65536)),
+            ),
+            eager=FORMULA,
+            trained=(256, 1024, 4096, 16384),
+            compiled=(1024, 4096),
+            without=(DIRECT, FFT),
+        ),
     ),
 )
 

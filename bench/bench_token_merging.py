@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from effattn.bench import token_merging_peers as peers
-from effattn.bench.cases import OURS, Asked, Call, Case, Contender, Family, Inputs, Operator
+from effattn.bench.cases import OURS, Asked, Call, Case, Contender, Family, Inputs, Operator, Sweep
 from effattn.bench.peers import NO_FLEX_BACKWARD, compiled, unmasked_sdpa
 
 import effattn
@@ -102,6 +102,12 @@ def _soft_flops(case: Case) -> float:
     return 2.0 * case.batch * case.tokens * case.head_dim * case.output_tokens
 
 
+def _halved(tokens: int) -> Case:
+    """The class token is never merged."""
+    label, kept = f"C=320 r={tokens // 2}", tokens // 2 + 1
+    return Case(MERGE, 4, 1, tokens, 64, label, outputs=320, output_tokens=kept, forward_only=True)
+
+
 FAMILY = Family(
     "token_merging",
     operators={
@@ -164,6 +170,20 @@ FAMILY = Family(
         Case(SOFT, 2, 1, 196, 384, "P=157", output_tokens=157, quick=True, trained=True),
     ),
     asked=Asked(dtypes=("float32",), seconds=4.0),
+    sweeps=(
+        Sweep(
+            "Matching and merging, half of the tokens, batch 4, 320 channels",
+            tuple(_halved(tokens) for tokens in (256, 1024, 4096, 16384)),
+            eager=PUBLISHED,
+            compiled=(1024, 4096),
+        ),
+        Sweep(
+            "Attention over merged tokens, 8 heads of 64",
+            tuple(Case(ATTENTION, 1, 8, tokens, 64) for tokens in (256, 1024, 4096)),
+            trained=(256, 1024, 4096),
+            compiled=(1024,),
+        ),
+    ),
 )
 
 

@@ -139,11 +139,29 @@ class Asked(NamedTuple):
     seconds: float | None = None  # for the timed part of a row
 
 
+class Sweep(NamedTuple):
+    """An operator over growing inputs, all else fixed: a panel of the report's pictures, measured by ``--sweep``."""
+
+    title: str
+    cases: tuple[Case, ...]  # by rising tokens
+    eager: str = "eager"  # the contender that is the published form
+    trained: tuple[int, ...] = ()  # tokens that are also measured backward
+    compiled: tuple[int, ...] = ()  # tokens at which contenders that compile take part
+    without: tuple[str, ...] = ()  # contenders that are left to the other cases
+    rivals: tuple[str, ...] = ()  # contenders that are not exact, and yet what a user would take instead
+    axis: str = "tokens"
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(case.operator for case in self.cases))
+
+
 class Family(NamedTuple):
     name: str
     operators: dict[str, Operator]
     cases: tuple[Case, ...]
     asked: Asked = Asked()
+    sweeps: tuple[Sweep, ...] = ()
 
 
 @functools.cache

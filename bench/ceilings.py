@@ -90,13 +90,16 @@ def better(first: Ceilings) -> Ceilings:
     )
 
 
+def none(threads: int, reason: str) -> Ceilings:
+    return Ceilings(threads, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(KINDS, ""), reason)
+
+
 def _measure(threads: int) -> Ceilings:
-    none = dict.fromkeys(KINDS, "")
     try:
         native = probe()
     except Exception as error:  # noqa: BLE001 - whatever a missing compiler, ninja or header makes torch raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Ceilings(threads, 0.0, 0.0, 0.0, 0.0, none, f"the native probe does not build: {reason}")
+        return none(threads, f"the native probe does not build: {reason}")
     source = numpy.ones(COPY_BYTES, dtype=numpy.uint8)
     copy = native.copy_bandwidth(numpy.zeros_like(source), source, threads, REPEATS).max()
     instructions = {kind: native.instruction(kind) for kind in KINDS}

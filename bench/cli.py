@@ -20,6 +20,7 @@ from .runner import FULL, QUICK, run_row, warm_up
 
 QUICK_START, QUICK_ROWS = 45.0, 220.0  # seconds that --quick plans with before and for its rows; it must end in 300
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOT_OF_SWEEPS = ("asked", "case", "only", "dtype", "direction", "json", "plot")
 DIRECTIONS = {"forward": (FORWARD,), "backward": (BACKWARD,), "both": (FORWARD, BACKWARD)}
 
 
@@ -40,6 +41,16 @@ def _parser() -> argparse.ArgumentParser:
         help="the shapes that have a promised figure, each with pass or miss; with --quick fewer samples, and "
         "the C++ build is timed only without FAMILY",
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="growing lengths of every family, float32, for the report: one JSON file per family, each written when "
+        "it is done; takes --quick, --resume, --into, --threads, --device",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="with --sweep: leave families that this commit has measured"
+    )
+    parser.add_argument("--into", metavar="FOLDER", help="of --sweep; default bench/results/<this machine>")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose operator or name contains TEXT")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=(), help="only these contenders")
     parser.add_argument("--json", metavar="FILE", help="write the results (atomically)")
@@ -63,6 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     if compare.complaint(options):
         parser.error(compare.complaint(options))
     chosen = [families()[name] for name in options.family] or list(families().values())
+    if options.sweep:
+        from . import recorded, sweep
+
+        if taken := [name for name in NOT_OF_SWEEPS if getattr(options, name)]:
+            parser.error(f"--sweep does not take --{taken[0]}")
+        if options.quick and not options.into:
+            parser.error("--sweep --quick is for trying out and needs --into: the report takes full measurements only")
+        if not options.into and not recorded.RESULTS.is_dir():
+            parser.error(f"--sweep needs --into: there is no {recorded.RESULTS}, this is no checkout")
+        effort = sweep.QUICK if options.quick else sweep.EFFORT
+        where = {"device": options.device, "threads": options.threads, "folder": options.into}
+        return sweep.run(chosen, effort, resume=options.resume, **where)
+    if options.resume or options.into:
+        parser.error("--resume and --into belong to --sweep")
     plan = list(_plan(chosen, options))
     if not plan:
         parser.error("no case fits these options")
@@ -131,7 +156,7 @@ def _weight(family: Family, case: Case) -> float:
 def _measure(plan, options) -> report.Report:
     """Run the plan; Ctrl-C ends it and keeps what is done for the printed table."""
     about = report.machine(options.device, options.threads)
-    limits = ceilings.Ceilings(options.threads, 0, 0, 0, 0, dict.fromkeys(ceilings.KINDS, ""), "not measured on CUDA")
+    limits = ceilings.none(options.threads, "not measured on CUDA")
     rows, overheads, import_ms, complete = [], {}, None, False
     load, started = ForeignLoad(), time.monotonic()
     try:

@@ -18,6 +18,7 @@ class Run(NamedTuple):
     about: dict
     ceilings: Ceilings
     rows: list[dict]
+    foreign_load: float | None = None  # cores that other processes used meanwhile
 
     @property
     def machine(self) -> str:
@@ -30,7 +31,8 @@ def runs(folder: Path = RESULTS) -> list[Run]:
     for path in sorted(folder.glob("*/*.json")):
         content = json.loads(path.read_text())
         if "rows" in content and content.get("complete"):
-            found.append(Run(path, content["machine"], Ceilings(**content["ceilings"]), content["rows"]))
+            limits, load = Ceilings(**content["ceilings"]), content.get("cores_used_by_others")
+            found.append(Run(path, content["machine"], limits, content["rows"], load))
     return sorted(found, key=lambda run: run.about["date"])
 
 

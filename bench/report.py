@@ -65,14 +65,15 @@ def _cpu_model() -> str:
 
 
 def commit(root: Path) -> str | None:
-    """The commit of the checkout ``root``, with "+" if its tracked files differ from it; None of an installed tree."""
+    """The commit of the checkout ``root``, with "+" if tracked files other than results and pages differ; None of an installed tree."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
 
         def git(*arguments):
             return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
 
         if Path(git("rev-parse", "--show-toplevel").strip()) == root:
-            changed = git("status", "--porcelain", "--untracked-files=no").strip()
+            others = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", *others).strip()
             return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     return None
 

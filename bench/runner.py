@@ -21,7 +21,6 @@ from .cases import BACKWARD, FORWARD, OURS, Case, Contender, Family, Inputs, byt
 
 SHORTEST_SAMPLE = 2e-3  # seconds; quicker calls are repeated within one sample
 LONG_CALL = 0.2  # seconds; longer calls need no further warm-up
-LONGEST_CALL = 20.0  # seconds; the first of longer calls, in which peak memory is taken, is their only sample
 # Largest error against the float64 specification, as a share of its largest element, of a contender that computes the
 # case. bfloat16 is wide because the formula itself is that inexact in it: scores up to 50 are rounded to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
@@ -31,6 +30,7 @@ class Effort(NamedTuple):
     seconds: float  # for the timed part of a row
     rounds: int
     fewest: int  # samples of the slowest contender
+    longest: float = 20.0  # seconds; the first of longer calls, in which peak memory is taken, is their only sample
 
 
 QUICK = Effort(seconds=1.5, rounds=12, fewest=3)
@@ -211,7 +211,7 @@ def take_turns(
 
 def _interleave(calls: dict, effort: Effort, device: str, progress) -> dict[str, list[float]]:
     clock = _Clock(device)
-    plan, samples = {}, {name: [seconds] if seconds > LONGEST_CALL else [] for name, (_, seconds) in calls.items()}
+    plan, samples = {}, {name: [seconds] if seconds > effort.longest else [] for name, (_, seconds) in calls.items()}
     for name, (call, seconds) in calls.items():
         if samples[name]:
             continue

@@ -145,10 +145,9 @@ def test_long_sequences_are_compared_with_the_same_function():
     torch.testing.assert_close(got, reference.kernelized_rpe_attention(*one, *rest), rtol=1e-11, atol=1e-12)
 
 
-def test_a_call_that_takes_very_long_is_timed_once(monkeypatch):
-    monkeypatch.setattr(runner, "LONGEST_CALL", 0.5)
+def test_a_call_that_takes_very_long_is_timed_once():
     calls = {"quick": (lambda: None, 0.0), "endless": (lambda: pytest.fail("called again"), 0.6)}
-    samples = runner._interleave(calls, runner.Effort(0.1, 10, 2), "cpu", lambda step: None)
+    samples = runner._interleave(calls, runner.Effort(0.1, 10, 2, longest=0.5), "cpu", lambda step: None)
     assert samples["endless"] == [0.6]
     assert len(samples["quick"]) == 10
 
