@@ -14,13 +14,21 @@ from ..recorded import RESULTS
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m effattn.bench.scaling", description="a cost model of the operators")
+    parser = argparse.ArgumentParser(
+        prog="python -m effattn.bench.scaling", description="a cost model of the operators"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    measure = commands.add_parser("measure", help="time, memory and messages on this machine; about 8 minutes on 2 idle cores")
-    measure.add_argument("--json", metavar="FILE", required=True, help="write the results; FILE.partial keeps an interrupted run")
+    measure = commands.add_parser(
+        "measure", help="time, memory and messages on this machine; about 8 minutes on 2 idle cores"
+    )
+    measure.add_argument(
+        "--json", metavar="FILE", required=True, help="write the results; FILE.partial keeps an interrupted run"
+    )
     measure.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default %(default)s")
     measure.add_argument("--rounds", type=int, default=7, help="samples of every size; default %(default)s")
-    measure.add_argument("--only", nargs="+", default=(), metavar="OPERATOR", help="times and memory of these operators only")
+    measure.add_argument(
+        "--only", nargs="+", default=(), metavar="OPERATOR", help="times and memory of these operators only"
+    )
     page = commands.add_parser("page", help="docs/scaling.md and its picture from the newest measurement")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     predict = commands.add_parser("predict", help="time and memory of one call on the machine that was measured")

@@ -82,7 +82,7 @@ def count(make: Callable[[], tuple[object, Callable[[], object]]], *, backend: s
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             # A plan that has no data cannot be looked at; the kernels take it as it is, as under torch.compile.
-            stack.enter_context(mock.patch.object(toeplitz_methods, "known", lambda plan: None))
+            stack.enter_context(mock.patch.object(toeplitz_methods, "known", return_value=None))
         allocations = stack.enter_context(Allocations())
         inputs, call = make()
         held = allocations.peak = allocations.live
@@ -99,8 +99,12 @@ def _launching_nothing() -> Iterator[None]:
 
     environment = {"EFFATTN_BACKEND": "triton", "TRITON_INTERPRET": "1"}  # the latter: "triton" serves CPU tensors too
     with (
-        mock.patch.object(configurations, "launch", lambda *args, **kwargs: None),
-        mock.patch.object(configurations, "architecture", lambda device: GPU),
+        mock.patch.object(configurations, "launch", _start_nothing),  # a Mock would keep tensors alive
+        mock.patch.object(configurations, "architecture", return_value=GPU),
         mock.patch.dict(os.environ, environment),
     ):
         yield
+
+
+def _start_nothing(kernel, programs, device, config, *arguments, fuse=True, **constants) -> None:
+    """In place of ``configurations.launch``."""

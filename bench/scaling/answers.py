@@ -46,7 +46,9 @@ def _peer(name: str, family: str, operator: str, contender: str, **rest) -> Subj
 PEERS = (
     _peer("F.scaled_dot_product_attention, a dense mask for each head", "attention", ADDITIVE, "torch sdpa"),
     _peer("plain attention, eager", "attention", "plain", "eager"),
-    _peer("gaussian mixture, the published formula, eager", "gaussian_mixture", "gaussian_mixture", "eager", case=on_grid),
+    _peer(
+        "gaussian mixture, the published formula, eager", "gaussian_mixture", "gaussian_mixture", "eager", case=on_grid
+    ),
     _peer("retention, parallel form, eager", "retention", "retention", PARALLEL),
 )
 
@@ -101,6 +103,7 @@ def cpu_break_even(found: dict, direction: str, count: int) -> int | None:
     return first_that_pays(lambda tokens: one.seconds(units(Size(1, 8, tokens, 64))), several, lengths)
 
 
+SHAPE = HEADS, HEAD_DIM, HEAD_DIM
 CHUNK = 64  # tokens of the kernels' tiles
 
 
@@ -135,7 +138,7 @@ def operations_a_block(training: bool) -> int:
     return operations(3) - operations(2)
 
 
-def h200_break_even(count: int, training: bool, how: Efficiency, shape=(16, 64, 64)) -> int | None:
+def h200_break_even(count: int, training: bool, how: Efficiency, shape=SHAPE) -> int | None:
     """Tokens from which so many GPUs are faster than one, by published figures and assumed efficiencies."""
     passes = 3.5 if training else 1.0
     message = ranks.state_bytes(1, *shape)
@@ -146,6 +149,17 @@ def h200_break_even(count: int, training: bool, how: Efficiency, shape=(16, 64, 
         return retention_seconds(each, *shape, passes, how) + slice_seconds(each, *shape, training, how) + exchange
 
     return first_that_pays(lambda tokens: retention_seconds(tokens, *shape, passes, how), several)
+
+
+def messages_break_even(count: int, training: bool, how: Efficiency, shape=SHAPE) -> int | None:
+    """Tokens from which the messages of so many GPUs take less time than each one's own retention."""
+    passes = 3.5 if training else 1.0
+    exchange = (2 if training else 1) * ranks.exchange_seconds(
+        published.links(count, how), ranks.state_bytes(1, *shape)
+    )
+    return first_that_pays(
+        lambda tokens: retention_seconds(tokens / count, *shape, passes, how), lambda tokens: exchange
+    )
 
 
 # ---- what a cluster would do ----
@@ -174,4 +188,3 @@ def cluster_step(what: published.Model, gpus: int, tokens_each: int, sequence_pa
     backward = 2 / 3 * compute
     waiting = max(0.0, gradients - backward) if how.overlap else gradients
     return Step(compute, states, waiting, gpus * tokens_each / (compute + states + waiting))
-

@@ -24,7 +24,9 @@ def draw(found: dict, path: str) -> None:
     families = list(dict.fromkeys(SUBJECTS[name].family for name in names))
     colours = dict(zip(families, COLOURS))
     directions = list(dict.fromkeys(d for name in names for d in SUBJECTS[name].directions))
-    figure, panels = plt.subplots(1, len(directions), figsize=(6.2 * len(directions), 5.6), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(directions), figsize=(6.2 * len(directions), 5.6), squeeze=False, layout="constrained"
+    )
     for panel, direction in zip(panels[0], directions):
         everything = []
         for name in names:
@@ -43,7 +45,14 @@ def draw(found: dict, path: str) -> None:
             color=GRID,
             zorder=1,
         )
-        panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="measured, ms", ylabel="predicted, ms")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlim=(low, high),
+            ylim=(low, high),
+            xlabel="measured, ms",
+            ylabel="predicted, ms",
+        )
         panel.set_title(direction, fontsize=11, fontweight="bold", loc="left", color=INK)
         panel.set_aspect("equal")
         panel.tick_params(which="both", length=0, colors=MUTED)

@@ -25,12 +25,13 @@ def say(found: dict, name: str, size: tuple[int, int, int, int], count_of_ranks:
         raise ValueError(f"OPERATOR {name!r} is not in this measurement, which has {'; '.join(found['fits'])}")
     subject, size = SUBJECTS[name], Size(*size)
     about = found["machine"]
-    lines = [f"{name}, {'x'.join(map(str, size))} (B x H x N x D), float32, {about['threads']} threads of {about['cpu']}"]
+    lines = [
+        f"{name}, {'x'.join(map(str, size))} (B x H x N x D), float32, {about['threads']} threads of {about['cpu']}"
+    ]
     share = _share(name, size, count_of_ranks)
     if count_of_ranks > 1:
         lines.append(f"a rank of {count_of_ranks} has {'x'.join(map(str, share))}")
-    for direction in subject.directions:
-        lines.append(_line(found, subject, share, count_of_ranks, direction))
+    lines += [_line(found, subject, share, count_of_ranks, direction) for direction in subject.directions]
     furthest = max(one.tokens for one in (*subject.fit, *subject.held_out))
     if share.tokens > furthest:
         lines.append(f"beyond what was measured: {furthest} tokens at most")
@@ -59,7 +60,10 @@ def _line(found: dict, subject: Subject, share: Size, count_of_ranks: int, direc
         raise ValueError(f"no such call: {str(error).splitlines()[0]}") from None
     if subject.name == SEQUENCE_PARALLEL and count_of_ranks > 1:
         prices = ranks.slices(found["ranks"], direction)
-        seconds, where = ranks.predicted(found["ranks"], prices, share, count_of_ranks, direction), "; ranks of one thread, gloo"
+        seconds, where = (
+            ranks.predicted(found["ranks"], prices, share, count_of_ranks, direction),
+            "; ranks of one thread, gloo",
+        )
     else:
         prices, where = Fit(**found["fits"][subject.name][direction]), ""
         seconds = prices.seconds(subject.units(share))

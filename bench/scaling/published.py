@@ -19,11 +19,16 @@ NCCL = "NVIDIA, NCCL, src/graph/tuning.cc at 01afd20: the latencies that it choo
 
 MEMORY = Figure("memory", 141e9, "bytes", DATASHEET)
 MEMORY_BANDWIDTH = Figure("memory bandwidth", 4.8e12, "bytes/s", DATASHEET)
-BF16_PEAK = Figure("bfloat16 peak, dense", 989e12, "FLOP/s", f"{DATASHEET}: 1,979 TFLOPS with sparsity, half of it without")
+BF16_PEAK = Figure(
+    "bfloat16 peak, dense", 989e12, "FLOP/s", f"{DATASHEET}: 1,979 TFLOPS with sparsity, half of it without"
+)
 FP32_PEAK = Figure("float32 peak", 67e12, "FLOP/s", DATASHEET)
 NVLINK = Figure("NVLink, each way", 450e9, "bytes/s", f"{DATASHEET}: 900 GB/s, both ways together")
 INFINIBAND = Figure(
-    "InfiniBand for each GPU, each way", 50e9, "bytes/s", "NVIDIA, DGX H200 datasheet: 8 ConnectX-7 of 400 Gb/s for 8 GPUs"
+    "InfiniBand for each GPU, each way",
+    50e9,
+    "bytes/s",
+    "NVIDIA, DGX H200 datasheet: 8 ConnectX-7 of 400 Gb/s for 8 GPUs",
 )
 NVLINK_LATENCY = Figure("a message over NVLink", 11.8e-6, "s", f"{NCCL} (ring, Simple: 8.4 us and 3.4 us)")
 NETWORK_LATENCY = Figure("a message over the network", 18.0e-6, "s", f"{NCCL} (ring, Simple: 8.4 us and 9.6 us)")
@@ -37,6 +42,14 @@ FIGURES = (
     NVLINK_LATENCY,
     NETWORK_LATENCY,
 )
+
+
+def shown(figure: Figure) -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G")):
+        if figure.value >= scale:
+            return f"{figure.value / scale:g} {prefix}{figure.unit.replace('bytes', 'B')}"
+    return f"{figure.value * 1e6:g} us"
+
 
 USABLE = 0.95
 """Assumed share of the memory that tensors may have; the CUDA context and the allocator's gaps take the rest."""

@@ -42,7 +42,9 @@ def rounds(ranks: int) -> int:
     return math.ceil(math.log2(ranks))
 
 
-def state_bytes(batch: int, heads: int, key_dim: int, value_dim: int, *, normalized: bool = False, itemsize: int = 4) -> int:
+def state_bytes(
+    batch: int, heads: int, key_dim: int, value_dim: int, *, normalized: bool = False, itemsize: int = 4
+) -> int:
     """A message of sequence-parallel retention: the state, in float32 for all but float64, and the count of tokens."""
     return itemsize * (batch * heads * (key_dim + normalized) * value_dim + WORDS)
 

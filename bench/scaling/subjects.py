@@ -13,10 +13,9 @@ import effattn
 from effattn.ops.toeplitz_methods import transform_length
 
 from ..bench_retention import DECOMPOSED, FULL, RETENTION, STEP
-from ..bench_shift_add import LINEAR
-from ..bench_token_merging import ATTENTION, MERGE, SOFT
 from ..bench_toeplitz import CLIPPED, DIRECT, FEATURES, FFT, KERNELIZED, STRUCTURED, URPE
-from ..cases import BACKWARD, FORWARD, OURS, UNMASKED, Call, Case, Contender, Inputs, families
+from ..bench_token_merging import ATTENTION, MERGE, SOFT
+from ..cases import BACKWARD, FORWARD, OURS, Call, Case, Contender, Inputs, families
 from ..retention_peers import BIDIRECTIONAL
 from ..runner import prepare
 from ..window_peers import CROSS, SHIFTED
@@ -122,8 +121,11 @@ def _pairs(density: Callable[[Size], float] = lambda size: 1.0) -> Callable[[Siz
     return units
 
 
+EVERY_PAIR = _pairs()
+
+
 def _masked(size: Size) -> Units:
-    return _pairs()(size) | {"weights": size.heads * size.tokens**2}
+    return EVERY_PAIR(size) | {"weights": size.heads * size.tokens**2}
 
 
 def _window_density(size: Size) -> float:
@@ -147,7 +149,12 @@ def _state(size: Size) -> Units:
 
 
 def _step(size: Size) -> Units:
-    return {"call": 1, "tokens": size.items, "channels": size.items * size.head_dim, "states": size.items * size.head_dim**2}
+    return {
+        "call": 1,
+        "tokens": size.items,
+        "channels": size.items * size.head_dim,
+        "states": size.items * size.head_dim**2,
+    }
 
 
 def _features(size: Size) -> Units:
@@ -238,7 +245,7 @@ def _sequence_parallel(case: Case, inputs: Inputs, training: bool) -> Call:
     return lambda: sequence_parallel_retention(*inputs[:3], **inputs.parameters)
 
 
-def _quadratic(name: str, family: str, operator: str, units=_pairs(), **rest) -> Subject:
+def _quadratic(name: str, family: str, operator: str, units=EVERY_PAIR, **rest) -> Subject:
     return Subject(name, family, operator, units, QUADRATIC, QUADRATIC_HELD, **rest)
 
 
@@ -264,7 +271,9 @@ ALL = (
         *("manhattan_attention, decomposed", "retention", DECOMPOSED, _pairs(_line_density)),
         *(GRIDS, GRIDS_HELD, on_grid),
     ),
-    Subject("window_attention", "cross_shaped_window", SHIFTED, _pairs(_window_density), GRIDS, GRIDS_HELD, _windows(WINDOW)),
+    Subject(
+        "window_attention", "cross_shaped_window", SHIFTED, _pairs(_window_density), GRIDS, GRIDS_HELD, _windows(WINDOW)
+    ),
     Subject(
         *("cross_shaped_window_attention", "cross_shaped_window", CROSS, _pairs(_cross_density)),
         *(GRIDS, GRIDS_HELD, _windows(STRIPE)),
@@ -297,14 +306,22 @@ ALL = (
     ),
     Subject(
         *("bipartite_soft_matching and merge", "token_merging", MERGE, _merge),
-        fit=_sizes(((4, 1), (128, 256, 512, 1024, 2048, 4096), (64,)), ((16, 1), (256, 1024), (64,)), ((4, 1), (1024,), (32, 128))),
+        fit=_sizes(
+            ((4, 1), (128, 256, 512, 1024, 2048, 4096), (64,)),
+            ((16, 1), (256, 1024), (64,)),
+            ((4, 1), (1024,), (32, 128)),
+        ),
         held_out=_sizes(((4, 1), (384, 1536, 3072), (64,)), ((8, 1), (768,), (96,)), ((4, 1), (6144,), (64,))),
         case=_halved,
         trains=False,
     ),
     Subject(
         *("soft_merge", "token_merging", SOFT, _soft_merge),
-        fit=_sizes(((2, 1), (128, 256, 512, 1024, 2048), (384,)), ((8, 1), (256, 512), (384,)), ((2, 1), (512, 1024), (192, 768))),
+        fit=_sizes(
+            ((2, 1), (128, 256, 512, 1024, 2048), (384,)),
+            ((8, 1), (256, 512), (384,)),
+            ((2, 1), (512, 1024), (192, 768)),
+        ),
         held_out=_sizes(((2, 1), (384, 768, 1536), (384,)), ((4, 1), (640,), (576,)), ((2, 1), (4096,), (384,))),
         case=_quartered,
     ),

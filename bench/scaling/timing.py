@@ -34,7 +34,11 @@ def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...]
     load, start = ForeignLoad(), time.monotonic()
 
     def keep(where: str | Path = partial) -> None:
-        session = {"date": about["date"], "seconds": round(time.monotonic() - start), "cores_used_by_others": load.cores()}
+        session = {
+            "date": about["date"],
+            "seconds": round(time.monotonic() - start),
+            "cores_used_by_others": load.cores(),
+        }
         report.write_json(found | {"sessions": [*found["sessions"], session]}, where)
 
     for number in range(1, rounds + 1):
@@ -61,7 +65,16 @@ def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...]
 
 def _read(partial: Path, about: dict, rounds: int) -> dict:
     if not partial.exists():
-        return {"machine": about, "sessions": [], "rounds": rounds, "fits": {}, "memory": {}, "ranks": {}, "longest": {}, "points": {}}
+        return {
+            "machine": about,
+            "sessions": [],
+            "rounds": rounds,
+            "fits": {},
+            "memory": {},
+            "ranks": {},
+            "longest": {},
+            "points": {},
+        }
     found = json.loads(partial.read_text())
     for name in ("cpu", "threads", "torch", "commit"):
         if found["machine"][name] != about[name]:
@@ -131,7 +144,9 @@ def _memory(subject: Subject, direction: str, threads: int) -> dict:
         counted = allocation.count(subject.making(size, direction))
         if counted.extra >= MEMORY_BYTES:
             break
-    context = multiprocessing.get_context("forkserver")  # a fresh process: nothing an earlier call kept can serve this one
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a fresh process: nothing an earlier call kept can serve this one
     context.set_forkserver_preload([__name__])  # which imports torch once for all
     with context.Pool(1) as pool:
         measured = pool.apply(_peak, (subject.name, size, direction, threads))

@@ -1,0 +1,45 @@
+"""Numbers and tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .subjects import Size
+from .timing import key
+
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"), (1e-12, "ps"))
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def whole_number(value: int) -> str:
+    return f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and the unit that keeps them short."""
+    scale, name = next(((scale, name) for scale, name in UNITS if abs(seconds) >= scale), UNITS[-1])
+    return f"{seconds / scale:.3g} {name}"
+
+
+def by_assumption(low: str, high: str) -> str:
+    return low if low == high else f"{low} / {high}"
+
+
+def size_text(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def spread(samples: dict[str, list[float]], size: Size, direction: str) -> float:
+    """Slowest over fastest sample of one size, less one."""
+    taken = samples[key(size, direction)]
+    return max(taken) / min(taken) - 1
+
+
+def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
