@@ -29,6 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument(
         "--only", nargs="+", default=(), metavar="OPERATOR", help="times and memory of these operators only"
     )
+    measure.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU time of one thread, where others use the machine",
+    )
     page = commands.add_parser("page", help="docs/scaling.md and its picture from the newest measurement")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     predict = commands.add_parser("predict", help="time and memory of one call on the machine that was measured")
@@ -56,8 +62,10 @@ def _measure(options) -> int:
         raise ValueError(f"--only must name one of {'; '.join(SUBJECTS)}, got {', '.join(unknown)}")
     if options.threads < 1 or options.rounds < 1:
         raise ValueError("--threads and --rounds must be at least 1")
+    if options.clock == "cpu" and options.threads != 1:
+        raise ValueError(f"--clock cpu is that of one thread and needs --threads 1, got {options.threads}")
     try:
-        timing.measure(options.json, options.threads, options.rounds, tuple(options.only))
+        timing.measure(options.json, options.threads, options.rounds, tuple(options.only), options.clock)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from {options.json}.partial", file=sys.stderr)
         return INTERRUPTED

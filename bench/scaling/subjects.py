@@ -23,6 +23,8 @@ from ..window_peers import CROSS, SHIFTED
 TRAINING = "training step"
 DIRECTIONS = {FORWARD: FORWARD, TRAINING: BACKWARD}
 WINDOW, STRIPE, CHANNELS = 8, 2, 512
+CACHES = 4 << 20  # bytes of the second-level caches of two cores
+MAPPED = 32 << 20  # bytes from which glibc maps every allocation anew
 
 
 class Size(NamedTuple):
@@ -125,11 +127,23 @@ EVERY_PAIR = _pairs()
 
 
 def _masked(size: Size) -> Units:
-    return EVERY_PAIR(size) | {"weights": size.heads * size.tokens**2}
+    weights = size.heads * size.tokens**2
+    return EVERY_PAIR(size) | {"weights": weights} | _result(weights)
+
+
+def _result(count: float) -> Units:
+    """Bytes of a large result: beyond the caches, and beyond what the C library keeps from call to call."""
+    return {"far": 4 * count if 4 * count > CACHES else 0, "fresh": 4 * count if 4 * count >= MAPPED else 0}
 
 
 def _window_density(size: Size) -> float:
     return WINDOW**2 / size.tokens
+
+
+def _shifted(size: Size) -> Units:
+    """Where shifted windows meet the border they hold pairs that are masked by -100, whose weights are denormal."""
+    windows = 2 * grid(size.tokens)[0] // WINDOW - 1
+    return _pairs(_window_density)(size) | {"border": size.items * windows * WINDOW**4 * size.head_dim}
 
 
 def _cross_density(size: Size) -> float:
@@ -149,12 +163,9 @@ def _state(size: Size) -> Units:
 
 
 def _step(size: Size) -> Units:
-    return {
-        "call": 1,
-        "tokens": size.items,
-        "channels": size.items * size.head_dim,
-        "states": size.items * size.head_dim**2,
-    }
+    states = size.items * size.head_dim**2
+    units = {"call": 1, "tokens": size.items, "channels": size.items * size.head_dim, "states": states}
+    return units | _result(states)
 
 
 def _features(size: Size) -> Units:
@@ -171,7 +182,8 @@ def _direct(size: Size) -> Units:
 def _transforms(size: Size) -> Units:
     length = transform_length(2 * size.tokens - 1)
     count = size.items * FEATURES * (size.head_dim + 1)
-    return _features(size) | {"transformed": count * length, "butterflies": count * length * math.log2(length)}
+    once = length * math.log2(length)
+    return _features(size) | {"table": once, "transformed": count * length, "butterflies": count * once}
 
 
 def _merge(size: Size) -> Units:
@@ -194,7 +206,8 @@ def _soft_merge(size: Size) -> Units:
 
 def _bits(size: Size) -> Units:
     pairs = size.items * size.tokens**2
-    return {"call": 1, "tokens": size.items * size.tokens, "pairs": pairs, "words": pairs * -(-size.head_dim // 32)}
+    units = {"call": 1, "tokens": size.items * size.tokens, "pairs": pairs, "words": pairs * -(-size.head_dim // 32)}
+    return units | _result(pairs)
 
 
 def _linear(size: Size) -> Units:
@@ -271,9 +284,7 @@ ALL = (
         *("manhattan_attention, decomposed", "retention", DECOMPOSED, _pairs(_line_density)),
         *(GRIDS, GRIDS_HELD, on_grid),
     ),
-    Subject(
-        "window_attention", "cross_shaped_window", SHIFTED, _pairs(_window_density), GRIDS, GRIDS_HELD, _windows(WINDOW)
-    ),
+    Subject("window_attention", "cross_shaped_window", SHIFTED, _shifted, GRIDS, GRIDS_HELD, _windows(WINDOW)),
     Subject(
         *("cross_shaped_window_attention", "cross_shaped_window", CROSS, _pairs(_cross_density)),
         *(GRIDS, GRIDS_HELD, _windows(STRIPE)),

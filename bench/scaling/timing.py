@@ -21,12 +21,14 @@ from . import allocation, answers, model, ranks
 from .subjects import SUBJECTS, Size, Subject
 
 ROUNDS = 7
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""On a machine that others use, the CPU time of one thread is nearer to what it takes alone than the time on the wall."""
 MEMORY_BYTES = 48 << 20  # results and saved tensors of the sizes whose peak is asked of the operating system
 
 
-def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...] = ()) -> dict:
+def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...] = (), clock: str = "wall") -> dict:
     """Measure and write ``path``. An interrupted run leaves ``path``.partial, where the same command goes on."""
-    about, partial = report.machine("cpu", threads), Path(f"{path}.partial")
+    about, partial = report.machine("cpu", threads) | {"clock": clock}, Path(f"{path}.partial")
     found = _read(partial, about, rounds)
     chosen = [subject for name, subject in SUBJECTS.items() if not only or name in only]
     torch.set_num_threads(threads)
@@ -43,7 +45,7 @@ def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...]
 
     for number in range(1, rounds + 1):
         for subject in chosen:
-            if _round(subject, found["points"], number):
+            if _round(subject, found["points"], number, CLOCKS[clock]):
                 _say(f"round {number}/{rounds} {subject.name}", start)
                 keep()
     for subject in chosen:
@@ -76,7 +78,7 @@ def _read(partial: Path, about: dict, rounds: int) -> dict:
             "points": {},
         }
     found = json.loads(partial.read_text())
-    for name in ("cpu", "threads", "torch", "commit"):
+    for name in ("cpu", "threads", "torch", "commit", "clock"):
         if found["machine"][name] != about[name]:
             raise ValueError(
                 f"{partial} was begun with {name} {found['machine'][name]!r}, this is {about[name]!r}; remove it"
@@ -88,7 +90,7 @@ def key(size: Size, direction: str) -> str:
     return f"{'x'.join(map(str, size))} {direction}"
 
 
-def _round(subject: Subject, points: dict, number: int) -> bool:
+def _round(subject: Subject, points: dict, number: int, clock: Callable[[], float]) -> bool:
     """Bring every size to ``number`` samples; whether any was missing."""
     samples = points.setdefault(subject.name, {})
     missed = False
@@ -97,28 +99,28 @@ def _round(subject: Subject, points: dict, number: int) -> bool:
             taken = samples.setdefault(key(size, direction), [])
             if len(taken) < number:
                 missed = True
-                taken.append(_sample(subject, size, direction, taken[-1] if taken else math.inf))
+                taken.append(_sample(subject, size, direction, taken[-1] if taken else math.inf, clock))
     return missed
 
 
-def _sample(subject: Subject, size: Size, direction: str, before: float) -> float:
+def _sample(subject: Subject, size: Size, direction: str, before: float, clock: Callable[[], float]) -> float:
     """Seconds of a call; ``before``: what it took the last time."""
     call = subject.call(size, subject.inputs(size, direction), direction)
     gc.collect()
     gc.disable()
     try:
-        first = _seconds(call, 1)  # a warm-up
+        first = _seconds(call, 1, clock)  # a warm-up
         expected = min(first, before)
-        return float(f"{_seconds(call, math.ceil(SHORTEST_SAMPLE / expected)):.4g}")
+        return float(f"{_seconds(call, math.ceil(SHORTEST_SAMPLE / expected), clock):.4g}")
     finally:
         gc.enable()
 
 
-def _seconds(call: Callable[[], object], count: int) -> float:
-    begin = time.perf_counter()
+def _seconds(call: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
+    begin = clock()
     for _ in range(count):
         call()
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
 def fits(subject: Subject, points: dict) -> dict[str, dict]:
