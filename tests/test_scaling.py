@@ -10,7 +10,8 @@ import rank_processes
 import scaling_ranks
 from effattn.bench.scaling import __main__ as command
 from effattn.bench.scaling import allocation, answers, model, page, published, ranks, timing
-from effattn.bench.scaling.subjects import SUBJECTS, TRAINING, Size
+from effattn.bench.scaling.subjects import SUBJECTS, TRAINING
+from effattn.bench.scaling.units import Size
 from torch.autograd import profiler
 
 CALLS = [(name, direction) for name, subject in SUBJECTS.items() for direction in subject.directions]

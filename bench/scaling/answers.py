@@ -16,7 +16,8 @@ from ..cases import FORWARD
 from . import published, ranks
 from .allocation import count
 from .published import Efficiency
-from .subjects import CAUSAL, SEQUENCE_PARALLEL, SUBJECTS, TRAINING, Size, Subject, on_grid
+from .subjects import CAUSAL, SEQUENCE_PARALLEL, SUBJECTS, TRAINING, Subject, on_grid
+from .units import Size
 
 # ---- how long a sequence fits ----
 

@@ -8,8 +8,9 @@ from effattn._files import write_atomically
 
 from . import answers, model, picture, published, ranks
 from .answers import BATCH, DTYPE, HEAD_DIM, HEADS, PEERS
-from .subjects import STRIPE, SUBJECTS, TRAINING, WINDOW
+from .subjects import SUBJECTS, TRAINING
 from .text import by_assumption, duration, number, size_text, spread, table, whole_number
+from .units import CACHES, MAPPED, STRIPE, WINDOW
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "images" / "scaling.png"
@@ -46,6 +47,7 @@ def text(found: dict) -> str:
 
 def _opening(found: dict) -> str:
     about = found["machine"]
+    clock = "" if about.get("clock", "wall") == "wall" else ", CPU time of the thread and not the wall's"
     busy = [
         session["cores_used_by_others"] for session in found["sessions"] if session["cores_used_by_others"] is not None
     ]
@@ -63,7 +65,7 @@ part in it, and what follows from it. `python -m effattn.bench.scaling page` wri
 `python -m effattn.bench.scaling predict OPERATOR --tokens N --heads H --head-dim D` answers for one call.
 
 Three kinds of numbers are told apart: **measured** ones, of {about["cpu"]}, {about["threads"]} threads, torch {about["torch"]},
-commit {about["commit"]}, {about["date"][:10]}, {found["rounds"]} interleaved rounds; **counted** ones, exact; and **published** figures of
+commit {about["commit"]}, {about["date"][:10]}, {found["rounds"]} interleaved rounds{clock}; **counted** ones, exact; and **published** figures of
 GPUs under **assumed** efficiencies. No kernel of effattn has been timed on a GPU.{noise}"""
 
 
@@ -75,6 +77,10 @@ UNITS = f"""* **call**: 1. **tokens**: B H N. **channels**: B H N D.
   `kernelized_rpe_attention` times M + D with M = 32 features.
 * **states**: B H N D² of a scan over chunks, B H D² of `retention_step`.
 * **transformed**, **butterflies**: L and L log2 L times B H M (D + 1), with L the transform's length, the least 2^a 3^b 5^c from 2N - 1.
+  **table**: L log2 L, once a call.
+* **border**: entries of shifted windows at the border of the grid times D. Some of their pairs are masked by -100, as published, and
+  weights of e^-100 are denormal numbers, which some CPUs are slow with.
+* **far**, **fresh**: bytes of a result beyond {CACHES >> 20} MB (the second-level caches) and from {MAPPED >> 20} MB (which glibc maps anew at every call).
 * **weights**: H N² of `masked_product_attention`, in x out of `shift_linear`. **words**: pairs times D / 32, of bits.
 * Of `bipartite_soft_matching` a quarter of the tokens is merged, N² / 4 pairs; `soft_merge` makes N / 4 tokens of N.
   `shift_linear` has N rows and D inputs and outputs."""

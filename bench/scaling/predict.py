@@ -5,7 +5,8 @@ from __future__ import annotations
 from . import ranks
 from .allocation import count
 from .model import Fit
-from .subjects import SEQUENCE_PARALLEL, SUBJECTS, Size, Subject
+from .subjects import SEQUENCE_PARALLEL, SUBJECTS, Subject
+from .units import Size
 
 
 def say(found: dict, name: str, size: tuple[int, int, int, int], count_of_ranks: int) -> str:

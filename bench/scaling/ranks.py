@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from ..cases import FORWARD
 from . import model
-from .subjects import SEQUENCE_PARALLEL, SUBJECTS, TRAINING, Size
+from .subjects import SEQUENCE_PARALLEL, SUBJECTS, TRAINING
+from .units import Size
 
 WORDS = 2  # of the count of tokens that travels with a state
 MESSAGES = tuple(1 << bits for bits in (10, 13, 16, 18, 20, 22, 24))  # bytes

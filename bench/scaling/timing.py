@@ -18,7 +18,8 @@ from .. import memory, report
 from ..load import ForeignLoad
 from ..runner import SHORTEST_SAMPLE, warm_up
 from . import allocation, answers, model, ranks
-from .subjects import SUBJECTS, Size, Subject
+from .subjects import SUBJECTS, Subject
+from .units import Size
 
 ROUNDS = 7
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
