@@ -203,7 +203,7 @@ def test_a_prediction_is_the_price_list_times_the_units(recorded, capsys):
     milliseconds = 1e3 * fit.seconds(SUBJECTS["retention"].units(Size(1, 2, 4096, 64)))
     assert f"forward: {milliseconds:.3g} ms" in said
     assert "a rank of 2 has 1x2x4096x64" in said
-    assert "2.097 MB beside 6.291 MB" in said
+    assert "2.097 MB of tensors beside 6.291 MB" in said
 
 
 def test_ranks_of_sequence_parallel_retention_share_tokens(recorded, capsys):

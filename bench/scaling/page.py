@@ -65,7 +65,7 @@ part in it, and what follows from it. `python -m effattn.bench.scaling page` wri
 `python -m effattn.bench.scaling predict OPERATOR --tokens N --heads H --head-dim D` answers for one call.
 
 Three kinds of numbers are told apart: **measured** ones, of {about["cpu"]}, {about["threads"]} threads, torch {about["torch"]},
-commit {about["commit"]}, {about["date"][:10]}, {found["rounds"]} interleaved rounds{clock}; **counted** ones, exact; and **published** figures of
+commit {about["commit"]}, {about["date"][:10]}, {found["rounds"]} interleaved round{"s" * (found["rounds"] > 1)}{clock}; **counted** ones, exact; and **published** figures of
 GPUs under **assumed** efficiencies. No kernel of effattn has been timed on a GPU.{noise}"""
 
 
@@ -127,7 +127,7 @@ def _miss(found: dict, name: str, direction: str, fit: model.Fit) -> str:
     error, size = max(zip(fit.errors, subject.held_out), key=lambda one: abs(one[0]))
     where = "beyond" if size.tokens > max(one.tokens for one in subject.fit) else "between"
     spreading = spread(found["points"][name], size, direction)
-    return f"* `{name}`, {direction}: {error:+.0%} at {size_text(size)} ({where} the sizes fitted), where samples spread over {spreading:.0%}."
+    return f"* `{name}`, {direction}: {error:+.0%} at {size_text(size)} ({where} the sizes fitted), where {spreading}."
 
 
 # ---- memory ----
@@ -145,8 +145,9 @@ def _memory(found: dict) -> str:
     return f"""## Memory
 
 Counted, not fitted: a call runs on tensors without data, and storages are watched as they come and go
-(`bench/scaling/allocation.py`). It is exact for tensors at any size. On a CPU each thread also packs operands, outside of
-tensors; the operating system's count of the same call, in a fresh process, shows them:
+(`bench/scaling/allocation.py`). For tensors it is exact at any size. CPU kernels also pack operands outside of tensors, for each
+thread, in proportion to N D and not to B H; the operating system's count of the same call, in a fresh process, has them. `predict`
+does not.
 
 {table(("operator, float32", "direction", "B x H x N x D", "counted, MB", "measured, MB", "beside tensors, MB"), rows)}"""
 
@@ -201,8 +202,8 @@ sequence of (8 n)² tokens (a square grid, where there is one):
 
 {table(("operator", "forward, tokens", "kB a token", "training step, tokens", "kB a token"), rows)}
 
-One operator's tensors only: a model holds many layers' activations. What holds N² entries, in whatever form, ends near 60,000
-tokens; the others at millions, and there time is what ends them. The published mixture formula keeps K of them for its backward
+One operator's tensors only: a model holds many layers' activations. What holds N² entries, in whatever form, ends at tens of
+thousands of tokens; the others at millions, and there time is what ends them. The published mixture formula keeps K of them for its backward
 pass. `kernelized_rpe_attention` by FFT is left out: its CUDA work space is sized in C++, which this count does not see.
 PyTorch's own attention with a mask is counted without what its GPU kernels take beside the mask."""
 

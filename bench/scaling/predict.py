@@ -71,5 +71,5 @@ def _line(found: dict, subject: Subject, share: Size, count_of_ranks: int, direc
     low, high = (1e3 * seconds * factor for factor in (1 / (1 + prices.largest), 1 + prices.largest))
     return (
         f"{direction}: {1e3 * seconds:.3g} ms ({low:.3g} to {high:.3g} ms by the worst held-out size{where}), "
-        f"{counted.extra / 1e6:.4g} MB beside {counted.held / 1e6:.4g} MB of inputs"
+        f"{counted.extra / 1e6:.4g} MB of tensors beside {counted.held / 1e6:.4g} MB of inputs"
     )

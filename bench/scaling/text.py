@@ -21,6 +21,8 @@ def whole_number(value: int) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits and the unit that keeps them short."""
+    if not seconds:
+        return "0"
     scale, name = next(((scale, name) for scale, name in UNITS if abs(seconds) >= scale), UNITS[-1])
     return f"{seconds / scale:.3g} {name}"
 
@@ -33,10 +35,10 @@ def size_text(size: Sequence[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def spread(samples: dict[str, list[float]], size: Size, direction: str) -> float:
-    """Slowest over fastest sample of one size, less one."""
+def spread(samples: dict[str, list[float]], size: Size, direction: str) -> str:
+    """By how much the slowest sample of one size is above the fastest."""
     taken = samples[key(size, direction)]
-    return max(taken) / min(taken) - 1
+    return "there is one sample" if len(taken) == 1 else f"samples spread over {max(taken) / min(taken) - 1:.0%}"
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
