@@ -239,11 +239,11 @@ D = {HEAD_DIM}, {str(DTYPE).removeprefix("torch.")}; up to {published.GPUS_A_NOD
 
 {table(("ranks", "forward: faster", "messages", "training: faster", "messages"), gpu)}
 
-Messages are small and do not grow with N. What grows is the state that every rank computes beside its retention:
-{answers.operations_a_block(False)} PyTorch operations for every {answers.BLOCK} tokens forward and {answers.operations_a_block(True)} in a training step (counted), which on a GPU take longer to start than to
-run. So on paper ranks are taken for memory first: a sequence beyond the table above, or layers whose activations do not fit.
-For speed, shard batch and heads while there are any, and tokens after that. A fused kernel of the slice's state would move the
-left columns towards the right ones."""
+From "faster" on R GPUs beat one; only from "messages" on do they spend more on attention than on messages. Messages do not grow with
+N. What does is the state that every rank computes beside its retention: {answers.operations_a_block(False)} PyTorch operations for every {answers.BLOCK} tokens forward and
+{answers.operations_a_block(True)} in a training step (counted), which on a GPU take longer to start than to run, and which keep few ranks from ever being faster.
+So on paper ranks are taken for memory first: a sequence beyond the table above, or layers whose activations do not fit. For speed,
+shard batch and heads while there are any, and tokens after that. A fused kernel of the slice's state is the first thing to write."""
 
 
 def _tokens(tokens: int | None) -> str:
