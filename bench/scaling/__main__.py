@@ -12,6 +12,8 @@ from effattn._files import INTERRUPTED, exit_status
 
 from ..recorded import RESULTS
 
+ROUNDS = 5
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -19,13 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     measure = commands.add_parser(
-        "measure", help="time, memory and messages on this machine; about 8 minutes on 2 idle cores"
+        "measure", help="time, memory and messages on this machine; planned for less than 10 minutes on 2 idle cores"
     )
     measure.add_argument(
         "--json", metavar="FILE", required=True, help="write the results; FILE.partial keeps an interrupted run"
     )
     measure.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default %(default)s")
-    measure.add_argument("--rounds", type=int, default=7, help="samples of every size; default %(default)s")
+    measure.add_argument("--rounds", type=int, default=ROUNDS, help="samples of every size; default %(default)s")
     measure.add_argument(
         "--only", nargs="+", default=(), metavar="OPERATOR", help="times and memory of these operators only"
     )

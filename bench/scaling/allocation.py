@@ -74,15 +74,14 @@ class Bytes(NamedTuple):
         return self.held + self.extra
 
 
-def count(make: Callable[[], tuple[object, Callable[[], object]]], *, backend: str = "cpu", fake: bool = True) -> Bytes:
+def count(make: Callable[[], tuple[object, Callable[[], object]]], *, backend: str = "cpu") -> Bytes:
     """Of ``make``, which returns inputs and a call of them."""
     with contextlib.ExitStack() as stack:
         if backend == "triton":
             stack.enter_context(_launching_nothing())
-        if fake:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            # A plan that has no data cannot be looked at; the kernels take it as it is, as under torch.compile.
-            stack.enter_context(mock.patch.object(toeplitz_methods, "known", return_value=None))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # A plan that has no data cannot be looked at; the kernels take it as it is, as under torch.compile.
+        stack.enter_context(mock.patch.object(toeplitz_methods, "known", return_value=None))
         allocations = stack.enter_context(Allocations())
         inputs, call = make()
         held = allocations.peak = allocations.live

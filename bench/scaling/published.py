@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .ranks import Link
+from .ranks import Link, rounds
 
 
 class Figure(NamedTuple):
@@ -94,9 +94,5 @@ def link(across_nodes: bool, efficiency: Efficiency) -> Link:
 
 
 def links(ranks: int, efficiency: Efficiency) -> list[Link]:
-    """Of the rounds of a scan over ranks that fill node after node: the first ones mostly stay within a node.
-
-    In round t rank r sends to r + 2^t; the slowest pair counts, and some pair crosses nodes whenever there are several.
-    """
-    rounds = max(ranks - 1, 0).bit_length()
-    return [link(ranks > GPUS_A_NODE, efficiency)] * rounds
+    """Of the rounds of a scan over ranks that fill node after node: some pair crosses nodes in each, and the slowest counts."""
+    return [link(ranks > GPUS_A_NODE, efficiency)] * rounds(ranks)

@@ -21,13 +21,12 @@ from . import allocation, answers, model, ranks
 from .subjects import SUBJECTS, Subject
 from .units import Size
 
-ROUNDS = 7
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """On a machine that others use, the CPU time of one thread is nearer to what it takes alone than the time on the wall."""
 MEMORY_BYTES = 48 << 20  # results and saved tensors of the sizes whose peak is asked of the operating system
 
 
-def measure(path: str, threads: int, rounds: int = ROUNDS, only: tuple[str, ...] = (), clock: str = "wall") -> dict:
+def measure(path: str, threads: int, rounds: int, only: tuple[str, ...] = (), clock: str = "wall") -> dict:
     """Measure and write ``path``. An interrupted run leaves ``path``.partial, where the same command goes on."""
     about, partial = report.machine("cpu", threads) | {"clock": clock}, Path(f"{path}.partial")
     found = _read(partial, about, rounds)
@@ -141,7 +140,7 @@ def fits(subject: Subject, points: dict) -> dict[str, dict]:
 
 
 def _memory(subject: Subject, direction: str, threads: int) -> dict:
-    """At the first size whose call allocates enough for the operating system to tell: bytes counted and measured."""
+    """At the first size whose call allocates enough for the operating system to tell, or the largest: counted, measured."""
     sizes = sorted((*subject.fit, *subject.held_out), key=lambda size: size.items * size.tokens * size.head_dim)
     for size in sizes:
         counted = allocation.count(subject.making(size, direction))
