@@ -9,7 +9,7 @@ import pytest
 import rank_processes
 import scaling_ranks
 from effattn.bench.scaling import __main__ as command
-from effattn.bench.scaling import allocation, answers, model, page, published, ranks, timing
+from effattn.bench.scaling import allocation, answers, model, page, published, ranks, text, timing
 from effattn.bench.scaling.subjects import SUBJECTS, TRAINING
 from effattn.bench.scaling.units import Size
 from torch.autograd import profiler
@@ -214,8 +214,8 @@ def test_a_prediction_is_the_price_list_times_the_units(recorded, capsys):
     assert command.main(_predict("--ranks", "2")) == 0
     said = capsys.readouterr().out
     fit = model.Fit(**recorded["fits"]["retention"]["forward"])
-    milliseconds = 1e3 * fit.seconds(SUBJECTS["retention"].units(Size(1, 2, 4096, 64)))
-    assert f"forward: {milliseconds:.3g} ms" in said
+    seconds = fit.seconds(SUBJECTS["retention"].units(Size(1, 2, 4096, 64)))
+    assert f"forward: {text.duration(seconds)} (" in said
     assert "a rank of 2 has 1x2x4096x64" in said
     assert "2.097 MB of tensors beside 6.291 MB" in said
 

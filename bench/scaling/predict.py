@@ -6,6 +6,7 @@ from . import ranks
 from .allocation import count
 from .model import Fit
 from .subjects import SEQUENCE_PARALLEL, SUBJECTS, Subject
+from .text import duration
 from .units import Size
 
 
@@ -68,8 +69,8 @@ def _line(found: dict, subject: Subject, share: Size, count_of_ranks: int, direc
     else:
         prices, where = Fit(**found["fits"][subject.name][direction]), ""
         seconds = prices.seconds(subject.units(share))
-    low, high = (1e3 * seconds * factor for factor in (1 / (1 + prices.largest), 1 + prices.largest))
+    low, high = (duration(seconds * factor) for factor in (1 / (1 + prices.largest), 1 + prices.largest))
     return (
-        f"{direction}: {1e3 * seconds:.3g} ms ({low:.3g} to {high:.3g} ms by the worst held-out size{where}), "
+        f"{direction}: {duration(seconds)} ({low} to {high} by the worst held-out size{where}), "
         f"{counted.extra / 1e6:.4g} MB of tensors beside {counted.held / 1e6:.4g} MB of inputs"
     )
