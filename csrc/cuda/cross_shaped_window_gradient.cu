@@ -12,7 +12,7 @@ inline constexpr int kDeltaThreads = 128, kDeltaTokens = 128, kSumWarps = 32;
 
 // Eight elements of a token's row; zeros past the last column.
 template <class T>
-EFFATTN_DEVICE void read_block(float (&to)[8], const Rows<const T>& rows, int token, int block) {
+EFFATTN_DEVICE void read_block(float (&to)[8], const TokenRows<T>& rows, int token, int block) {
   const T* from = rows.data + token * rows.row_stride;
   if (rows.unit == 8) {
     const Vec<T, 8> piece = load_global<8>(from + block * 8);
@@ -28,12 +28,12 @@ EFFATTN_DEVICE void read_block(float (&to)[8], const Rows<const T>& rows, int to
 // delta_i = dO_i . (O - LePE(V))_i, kLanes lanes for a token, 8 columns each, whose taps stay in registers.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(
-    const WindowGradient<T> a, const RowTensor<const T> output, const float* lepe_bias, int chunks, float* delta) {
+    const WindowGradient<T> a, const TokenTensor<T> output, const float* lepe_bias, int chunks, float* delta) {
   const int head = blockIdx.x % a.heads, chunk = blockIdx.x / a.heads % chunks, batch = blockIdx.x / a.heads / chunks;
   const WindowHalf& half = a.geometry.half[head >= a.geometry.half[1].first_head];
   const int tokens = a.geometry.grid_h * a.geometry.grid_w, block = lane_index() % kLanes;
   const bool mine = block * 8 < a.query.columns, lepe = a.lepe_weight != nullptr;
-  const Rows<const T> o = output.at(batch, head), v = a.value.at(batch, head), g = a.grad_output.at(batch, head);
+  const TokenRows<T> o = output.at(batch, head), v = a.value.at(batch, head), g = a.grad_output.at(batch, head);
   float taps[kTaps][8] = {}, bias[8] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -155,7 +155,7 @@ void launch_delta(const WindowGradient<T>& gradient, const WindowAttention& a, f
   const int chunks = static_cast<int>(ceil_div(a.query.size[2], kDeltaTokens));
   const int blocks = checked_count(a.query.size[0] * a.query.size[1] * chunks);
   launch(a.query.size[3] <= 32 ? delta_kernel<T, 4> : delta_kernel<T, 8>, dim3(static_cast<unsigned>(blocks)),
-      dim3(kDeltaThreads), 0, stream, gradient, row_tensor<const T>(a.output), a.lepe_bias, chunks, delta);
+      dim3(kDeltaThreads), 0, stream, gradient, token_tensor<T>(a.output), a.lepe_bias, chunks, delta);
 }
 
 }  // namespace
@@ -171,17 +171,17 @@ void window_attention_gradient(const WindowAttentionGradient& g, void* workspace
   const GradientPlan plan = plan_of(a);
   float* const delta = static_cast<float*>(workspace);
   float* const lepe_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.delta_bytes);
-  with_window_element(a.query.dtype, [&](auto element) {
+  const auto run = [&](auto element) {
     using T = decltype(element);
     const WindowGradient<T> gradient = {plan.geometry, plan.grid, plan.walk, {plan.groups[0], plan.groups[1]},
-        row_tensor<const T>(a.query), row_tensor<const T>(a.key), row_tensor<const T>(a.value),
-        row_tensor<const T>(g.grad_output), a.logsumexp, delta, a.lepe_weight, row_tensor<T>(g.grad_query),
-        row_tensor<T>(g.grad_key), row_tensor<T>(g.grad_value), lepe_sums, static_cast<int>(a.query.size[1]),
+        token_tensor<T>(a.query), token_tensor<T>(a.key), token_tensor<T>(a.value),
+        token_tensor<T>(g.grad_output), a.logsumexp, delta, a.lepe_weight, token_tensor<T>(g.grad_query),
+        token_tensor<T>(g.grad_key), token_tensor<T>(g.grad_value), lepe_sums, static_cast<int>(a.query.size[1]),
         a.mask_padding, a.scale};
     if (!plan.one_tile) launch_delta(gradient, a, delta, stream);
-    with_window_head_dim(static_cast<int>(a.query.size[3]),
-        [&](auto head_dim) { launch_gradients<T, decltype(head_dim)::value>(gradient, plan, stream); });
-  });
+    with_columns(a.query.size[3], [&]<int D>() { launch_gradients<T, D>(gradient, plan, stream); });
+  };
+  a.query.dtype == DType::kBFloat16 ? run(bfloat16{}) : run(float16{});
   if (a.lepe_weight == nullptr) return;
   const int columns = static_cast<int>(a.query.size[3]);
   const int64_t blocks = a.query.size[1] * ceil_div(kLepeSums * columns, kWarp);

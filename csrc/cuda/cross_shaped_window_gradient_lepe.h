@@ -1,11 +1,10 @@
 // What LePE, the depthwise 3 x 3 convolution of V inside a window, adds to the gradients of window attention:
 //
 //   dV[p] += sum_t w[t] dO[p - t]        dw[t] = sum_p dO[p - t] V[p]        db = sum_p dO[p]        p - t in the window
-//   delta_i = dO_i . (O - LePE(V))_i
 //
-// dV and dw in the sums of a warp's 16 rows and 8 columns, where dV lies: each neighbour of dO is read once for both.
-// The 20 products of a pair of columns are added up over the rows by an exchange of halves, so that of 8 lanes each ends
-// with 3 of 24 sums after 21 shuffles instead of 60. A block writes its sums, add_lepe_sums adds those of a head in order.
+// A warp adds to the sums of its 16 rows of dV, where they lie, and has 10 x D sums of dw and db in shared memory: each
+// neighbour of dO is read once for both. The D / 4 products of a lane are added up over the rows by an exchange of
+// halves, so that each of 8 lanes ends with an eighth of them: 7 shuffles for 8 sums instead of 24.
 #pragma once
 
 #include "cross_shaped_window.h"
@@ -13,7 +12,12 @@
 
 namespace effattn::cuda {
 
-inline constexpr int kTaps = 9, kLepeSums = kTaps + 1, kLepeShare = 3;
+inline constexpr int kTaps = 9, kLepeSums = kTaps + 1;
+
+template <int D>
+constexpr size_t lepe_shared(int warps) {
+  return shared_bytes<float>((kTaps + warps * kLepeSums) * D);
+}
 
 // Taps t of LePE (bits) for which slot - t is in the window.
 EFFATTN_DEVICE uint32_t taps_behind(const WindowHalf& half, Slot slot) {
@@ -24,85 +28,95 @@ EFFATTN_DEVICE uint32_t taps_behind(const WindowHalf& half, Slot slot) {
   return taps;
 }
 
-// The taps of a head, (9, columns) in shared memory, zeros past the last column.
-template <int D>
-EFFATTN_DEVICE void load_taps(SharedArray<float> taps, const float* weight, int head, int columns) {
-  for (int i = thread_index(); i < kTaps * D; i += block_threads())
-    taps[i] = i % D < columns ? weight[(head * int64_t{kTaps} + i / D) * columns + i % D] : 0.0f;
-}
-
-// Adds up over the 8 lanes g of a column pair. Lane g then has sums first_sum().. in the first kLepeShare places.
-EFFATTN_DEVICE void add_over_rows(float (&sum)[8 * kLepeShare]) {
+template <int kHalf, int kCount>
+EFFATTN_DEVICE void exchange_halves(float (&sum)[kCount], int mask) {
+  const bool upper = lane_index() & mask;
 #pragma unroll
-  for (int mask = 16, half = 4 * kLepeShare; mask >= 4; mask /= 2, half /= 2) {
-    const bool upper = lane_index() & mask;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = upper ? sum[i + half] : sum[i], sent = upper ? sum[i] : sum[i + half];
-      sum[i] = kept + shuffle_xor(sent, mask);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const float kept = upper ? sum[i + kHalf] : sum[i], sent = upper ? sum[i] : sum[i + kHalf];
+    sum[i] = kept + shuffle_xor(sent, mask);
   }
 }
-EFFATTN_DEVICE int first_sum() {
-  const int lane = lane_index();
-  return ((lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0)) * kLepeShare;
-}
 
-// A lane's part of the sums of dw and db, three for each 8 columns.
+// A block's part of LePE in shared memory: the taps of its head, and the sums of each warp.
 template <int D>
-struct LepeSums {
-  float sum[D / 8][kLepeShare] = {};
+class Lepe {
+  static constexpr int kSums = (D / 4 + 7) / 8 * 8, kEach = kSums / 8;  // of a lane, before and after the exchange
 
-  // grad_value, the sums of rows g and g + 8, gets what LePE adds. near[i]: taps_behind; value(i, column): two elements
-  // of V in row g + 8 i; behind(i, tap, column): of dO a tap before it.
-  template <class Value, class Behind>
-  EFFATTN_DEVICE void convolve(float (&grad_value)[D / 8][4], const WindowHalf& half, const uint32_t (&near)[2],
-      SharedArray<float> taps, Value value, Behind behind) {
+ public:
+  // Taps are zeros past the last column; a barrier must follow.
+  EFFATTN_DEVICE Lepe(SharedArray<float> shared, const float* weight, int head, int columns)
+      : taps_(shared), sums_(shared.from(kTaps * D)), mine_(sums_.from(warp_index() * kLepeSums * D)) {
+    if (weight == nullptr) return;
+    for (int i = thread_index(); i < kTaps * D; i += block_threads())
+      taps_[i] = i % D < columns ? weight[(head * int64_t{kTaps} + i / D) * columns + i % D] : 0.0f;
+#pragma unroll 1
+    for (int tap = 0; tap < kLepeSums; ++tap) each_sum(tap, [&](int at, int) { mine_[at] = 0; });
+  }
+
+  // grad_value: rows g and g + 8. near[i]: taps_behind. value(i, column): two elements of V in row g + 8 i;
+  // behind(i, y, x, column): of dO, (y, x) before it.
+  template <int kUnroll, class Value, class Behind>
+  EFFATTN_DEVICE void add(float (&grad_value)[D / 8][4], const WindowHalf& half, const uint32_t (&near)[2],
+      Value value, Behind behind) const {
+#pragma unroll kUnroll
+    for (int tap = 0; tap < kLepeSums; ++tap) {
+      const bool of_bias = tap == kTaps;
+      const int at = of_bias ? kTaps / 2 : tap, y = at / 3 - 1, x = at % 3 - 1;
+      if ((y != 0 && half.height == 1) || (x != 0 && half.width == 1)) continue;
+      float part[kSums] = {};
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const int column = n * 8 + lane_index() % 4 * 2;
-      const Vec<float, 2> own[2] = {value(0, column), value(1, column)};
-      float part[8 * kLepeShare] = {};
+      for (int i = 0; i < 2; ++i) {
+        if (!(near[i] >> at & 1)) continue;
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        if ((tap / 3 != 1 && half.height == 1) || (tap % 3 != 1 && half.width == 1)) continue;
-        const Vec<float, 2> weight = taps.load<2>(tap * D + column);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (!(near[i] >> tap & 1)) continue;
-          const Vec<float, 2> x = behind(i, tap, column);
+        for (int n = 0; n < D / 8; ++n) {
+          const int column = n * 8 + lane_index() % 4 * 2;
+          const auto gradient = behind(i, y, x, column);
+          const auto own = value(i, column);
+          const Vec<float, 2> weight = taps_.template load<2>(at * D + column);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            grad_value[n][2 * i + c] = fmaf(weight[c], x[c], grad_value[n][2 * i + c]);
-            part[2 * tap + c] = fmaf(own[i][c], x[c], part[2 * tap + c]);
-            if (tap == kTaps / 2) part[2 * kTaps + c] += x[c];
+            const float g = to_float(gradient[c]);
+            part[2 * n + c] = of_bias ? part[2 * n + c] + g : fmaf(to_float(own[c]), g, part[2 * n + c]);
+            if (!of_bias) grad_value[n][2 * i + c] = fmaf(weight[c], g, grad_value[n][2 * i + c]);
           }
         }
       }
-      add_over_rows(part);
-#pragma unroll
-      for (int i = 0; i < kLepeShare; ++i) sum[n][i] += part[i];
+      exchange_halves<kSums / 2>(part, 16);
+      exchange_halves<kSums / 4>(part, 8);
+      exchange_halves<kSums / 8>(part, 4);
+      each_sum(tap, [&](int at, int i) {
+        const float before = mine_[at];
+        mine_[at] = before + part[i];
+      });
     }
   }
 
-  // The sums of a block, (10, columns), in the order of its warps. scratch: warps x 10 x D; a barrier has come before.
-  EFFATTN_DEVICE void write(SharedArray<float> scratch, float* to, int columns) const {
-    const auto mine = scratch.from(warp_index() * kLepeSums * D);
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < kLepeShare; ++i) {
-        const int at = first_sum() + i;
-        if (at < 2 * kLepeSums) mine[at / 2 * D + n * 8 + lane_index() % 4 * 2 + at % 2] = sum[n][i];
-      }
+  // The sums of a block, (10, columns), in the order of its warps.
+  EFFATTN_DEVICE void write(float* to, int columns) const {
     sync_block();
     for (int i = thread_index(); i < kLepeSums * D; i += block_threads()) {
       if (i % D >= columns) continue;
       float total = 0;
-      for (int warp = 0; warp < block_threads() / kWarp; ++warp) total += scratch[warp * kLepeSums * D + i];
+      for (int warp = 0; warp < block_threads() / kWarp; ++warp) total += sums_[warp * kLepeSums * D + i];
       to[i / D * columns + i % D] = total;
     }
   }
+
+ private:
+  // function(place, i) for the sums that this lane has of a tap.
+  template <class Function>
+  EFFATTN_DEVICE static void each_sum(int tap, Function function) {
+    const int lane = lane_index();
+    const int first = ((lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0)) * kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int sum = first + i;
+      if (sum < D / 4) function(tap * D + sum / 2 * 8 + lane % 4 * 2 + sum % 2, i);
+    }
+  }
+
+  SharedArray<float> taps_, sums_, mine_;
 };
 
 }  // namespace effattn::cuda

@@ -21,9 +21,8 @@ inline constexpr int kStreamed = 64, kScoreColumns = 32;
 
 template <class T, int D, bool kKeys>
 size_t stream_gradient_shared(int warps) {
-  const size_t scratch = kKeys ? shared_bytes<float>((warps * kLepeSums + kTaps) * D) : 0;
   return 2 * shared_bytes<T>(warps * kWarpRows * kPitchOf<D>) + 2 * shared_bytes<T>(2 * kStreamed * kPitchOf<D>) +
-         shared_bytes<float>(4 * kStreamed) + scratch;
+         shared_bytes<float>(4 * kStreamed) + (kKeys ? lepe_shared<D>(warps) : 0);
 }
 
 // What a column of scores brings: lse and delta of a query, or whether a key takes part.
@@ -38,20 +37,6 @@ EFFATTN_DEVICE Column column_of(const WindowGradient<T>& a, int64_t statistics, 
     return {a.logsumexp[statistics + token] * kLog2E, a.delta[statistics + token]};
   }
   return {exists && (token >= 0 || !a.mask_padding) ? 0 : INFINITY, 0};
-}
-
-// Two elements of a token's row; zero past the last column.
-template <class T>
-EFFATTN_DEVICE Vec<float, 2> read_pair(const Rows<const T>& rows, int token, int column) {
-  const T* from = rows.data + token * rows.row_stride;
-  Vec<T, 2> pair = {};
-  if (rows.unit > 1) {
-    if (column < rows.columns) pair = load_global<2>(from + column);
-  } else {
-    if (column < rows.columns) pair[0] = from[column * rows.column_stride];
-    if (column + 1 < rows.columns) pair[1] = from[(column + 1) * rows.column_stride];
-  }
-  return {to_float(pair[0]), to_float(pair[1])};
 }
 
 template <class T, int D, bool kKeys>
@@ -71,8 +56,8 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
   const int lane = lane_index(), row = warp_index() * kWarpRows, slots = half.slots();
   const int first_slot = place.block * share.warps * kWarpRows;
   const int64_t statistics = a.statistics(window.batch, place.head);
-  const Rows<const T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
-  const Rows<const T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
+  const TokenRows<T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
+  const TokenRows<T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
   const float scale_log2 = a.scale * kLog2E;
   const auto token_of = [&](int slot) {
     return slot < slots ? token_at<false>(a.geometry, half, window, slot_of(half, slot)).index : -1;
@@ -167,43 +152,34 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
 
   const bool working = warp_index() < share.warps;
   if constexpr (!kKeys) {
-    if (working)
-      store_rows(a.grad_query.at(window.batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
+    if (working) store_rows(a.grad_query.at(window.batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
     return;
   } else {
-    LepeSums<D> lepe_sums;
-    const bool lepe = a.lepe_weight != nullptr;
-    const auto scratch = shared.array<float>((block_threads() / kWarp * kLepeSums + kTaps) * D);
-    if (lepe) {
-      const auto taps = scratch.from(block_threads() / kWarp * kLepeSums * D);
-      load_taps<D>(taps, a.lepe_weight, place.head, a.query.columns);
+    if (a.lepe_weight != nullptr) {
+      const Lepe<D> lepe(shared.array<float>((kTaps + block_threads() / kWarp * kLepeSums) * D), a.lepe_weight,
+          place.head, a.query.columns);
       sync_block();
       uint32_t near[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const Slot slot = slot_of(half, first_slot + row + lane / 4 + 8 * i);
         near[i] = token[i] < 0 ? 0 : taps_behind(half, slot);
-#pragma unroll
-        for (int tap = 0; tap < kTaps; ++tap)
-          if (near[i] >> tap & 1 && token_at<false>(a.geometry, half, window, neighbour(half, slot, tap, -1)).index < 0)
-            near[i] &= ~(1u << tap);
       }
-      const auto value = [&](int i, int column) {
-        const Vec<T, 2> x = y_own.template load<2>((row + lane / 4 + 8 * i) * kPitch + column);
-        return Vec<float, 2>{to_float(x[0]), to_float(x[1])};
-      };
-      const auto behind = [&](int i, int tap, int column) {
-        return read_pair(g, token[i] - (tap / 3 - 1) * a.geometry.grid_w - (tap % 3 - 1), column);
-      };
-      if (working) lepe_sums.convolve(y_sums, half, near, taps, value, behind);
+      if (working)
+        lepe.template add<3>(
+            y_sums, half, near,
+            [&](int i, int column) { return y_own.template load<2>((row + lane / 4 + 8 * i) * kPitch + column); },
+            [&](int i, int y, int x, int column) {
+              const Slot slot = slot_of(half, first_slot + row + lane / 4 + 8 * i);
+              const int behind = token_at<false>(a.geometry, half, window, {slot.y - y, slot.x - x}).index;
+              return load_pair(g, behind, column);
+            });
+      lepe.write(a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
     }
     if (working) {
       store_rows(a.grad_key.at(window.batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
       store_rows(a.grad_value.at(window.batch, place.head), y_sums, 1.0f, y_own, kPitch, row, token);
     }
-    if (lepe)
-      lepe_sums.write(
-          scratch, a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
   }
 }
 

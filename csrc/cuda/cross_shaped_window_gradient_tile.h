@@ -28,9 +28,9 @@ struct WindowGradient {
   WindowGeometry geometry;
   WindowGrid grid;
   int walk, groups[2];  // of windows: a block has `walk` of them
-  RowTensor<const T> query, key, value, grad_output;
+  TokenTensor<T> query, key, value, grad_output;
   const float *logsumexp, *delta, *lepe_weight;
-  RowTensor<T> grad_query, grad_key, grad_value;
+  TokenTensor<T> grad_query, grad_key, grad_value;
   float* lepe_sums;  // (blocks, 10, D)
   int heads;
   bool mask_padding;
@@ -45,7 +45,7 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 
 // sums * factor, rounded, to the rows of the tokens of slots g and g + 8; through 16 rows of a tile that the warp owns.
 template <class T, int kBlocks>
-EFFATTN_DEVICE void store_rows(const Rows<T>& to, const float (&sums)[kBlocks][4], float factor, SharedArray<T> tile,
+EFFATTN_DEVICE void store_rows(const TokenRows<T>& to, const float (&sums)[kBlocks][4], float factor, SharedArray<T> tile,
     int pitch, int row, const int (&token)[2]) {
   const int lane = lane_index();
   sync_warp();
@@ -56,7 +56,7 @@ EFFATTN_DEVICE void store_rows(const Rows<T>& to, const float (&sums)[kBlocks][4
       tile.store((row + lane / 4 + 8 * i) * pitch + n * 8 + lane % 4 * 2,
           Vec<T, 2>{from_float<T>(factor * sums[n][2 * i]), from_float<T>(factor * sums[n][2 * i + 1])});
   sync_warp();
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < kWarpRows * kBlocks; first += kWarp) {
     const int at = (first + lane) / kBlocks, block = (first + lane) % kBlocks;
     const int low = shuffle(token[0], at % 8 * 4), high = shuffle(token[1], at % 8 * 4);
@@ -117,7 +117,7 @@ EFFATTN_DEVICE uint64_t keys_taking_part(const WindowGradient<T>& a, const Windo
 template <class T, int D>
 constexpr size_t tile_gradient_shared() {
   return 4 * shared_bytes<T>(kTileRows * kPitchOf<D>) + shared_bytes<T>(2 * kTileRows * kScorePitch) +
-         shared_bytes<float>(kTaps * D);
+         lepe_shared<D>(kTileRows / kWarpRows);
 }
 
 template <class T, int D>
@@ -127,7 +127,6 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
   const auto q_tile = shared.array<T>(kTileRows * kPitch), k_tile = shared.array<T>(kTileRows * kPitch);
   const auto v_tile = shared.array<T>(kTileRows * kPitch), g_tile = shared.array<T>(kTileRows * kPitch);
   const auto p_tile = shared.array<T>(2 * kTileRows * kScorePitch), ds_tile = p_tile.from(kTileRows * kScorePitch);
-  const auto taps = shared.array<float>(kTaps * D);
 
   const WindowPlace place = place_of(a.geometry, a.grid, blockIdx.x);
   const WindowHalf& half = a.geometry.half[place.half];
@@ -138,9 +137,8 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
   const int first_row = team * share.warps * kWarpRows, first_slot = row - first_row;  // of the team, of the warp
   const Slot slot[2] = {slot_of(half, first_slot + lane / 4), slot_of(half, first_slot + lane / 4 + 8)};
   const float scale_log2 = a.scale * kLog2E;
-  const bool lepe = a.lepe_weight != nullptr;
-  if (lepe) load_taps<D>(taps, a.lepe_weight, place.head, a.query.columns);
-  LepeSums<D> lepe_sums;
+  const Lepe<D> lepe(shared.array<float>((kTaps + block_threads() / kWarp * kLepeSums) * D), a.lepe_weight, place.head,
+      a.query.columns);
   uint32_t near[2];  // a slot outside of the image is a row of zeros, as good as any
 #pragma unroll
   for (int i = 0; i < 2; ++i) near[i] = slot[i].y < half.height ? taps_behind(half, slot[i]) : 0;
@@ -152,8 +150,8 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
     const Window window = window_of(half, exists ? member : 0);
     sync_block();  // all are done with the last window
     {
-      const Rows<const T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
-      const Rows<const T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
+      const TokenRows<T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
+      const TokenRows<T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
       each_block<D>(kWarpRows, lane, kWarp, [&](int at, int block) {
         const int i = first_slot + at, to = (row + at) * kPitch + block * 8;
         const bool valid = exists && i < slots;
@@ -222,17 +220,12 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
       load_left_transposed(left, p_tile, kScorePitch, first_row + step * 16, first_slot);
       add_rows(sums, left, g_tile, kPitch, first_row + step * 16);
     }
-    if (lepe)
-      lepe_sums.convolve(
-          sums, half, near, taps,
-          [&](int i, int column) {
-            const Vec<T, 2> x = v_tile.template load<2>((row + lane / 4 + 8 * i) * kPitch + column);
-            return Vec<float, 2>{to_float(x[0]), to_float(x[1])};
-          },
-          [&](int i, int tap, int column) {
-            const int behind = row + lane / 4 + 8 * i - (tap / 3 - 1) * half.width - (tap % 3 - 1);
-            const Vec<T, 2> x = g_tile.template load<2>(behind * kPitch + column);
-            return Vec<float, 2>{to_float(x[0]), to_float(x[1])};
+    if (a.lepe_weight != nullptr)
+      lepe.template add<1>(
+          sums, half, near,
+          [&](int i, int column) { return v_tile.template load<2>((row + lane / 4 + 8 * i) * kPitch + column); },
+          [&](int i, int y, int x, int column) {
+            return g_tile.template load<2>((row + lane / 4 + 8 * i - y * half.width - x) * kPitch + column);
           });
     store_rows(a.grad_value.at(window.batch, place.head), sums, 1.0f, v_tile, kPitch, row, token);
 
@@ -259,10 +252,8 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
     }
     store_rows(a.grad_key.at(window.batch, place.head), sums, a.scale, v_tile, kPitch, row, token);
   }
-  if (!lepe) return;
-  sync_block();
-  lepe_sums.write(
-      p_tile.template as<float>(), a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
+  if (a.lepe_weight != nullptr)
+    lepe.write(a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
 }
 
 }  // namespace effattn::cuda
