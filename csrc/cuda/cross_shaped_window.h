@@ -15,8 +15,9 @@
 
 namespace effattn::cuda {
 
-inline constexpr int kWarpRows = 16;     // of a matrix instruction
-inline constexpr int kWindowWarps = 8;   // at most in a block
+inline constexpr int kWarpRows = 16;    // of a matrix instruction
+inline constexpr int kWindowWarps = 8;  // at most in a block
+inline constexpr int64_t kMostSlots = 1 << 16;
 inline constexpr int kSmallWindow = 64;  // slots, up to which teams share a block
 
 struct WindowHalf {
@@ -24,6 +25,7 @@ struct WindowHalf {
   int height, width;  // slots of a window
   int rows, columns;  // windows along the grid
   int top, left;      // zeros before the grid
+  uint32_t inverse;   // 2^32 / width rounded up: slot_of divides by it
 
   __host__ __device__ int slots() const { return height * width; }
 };
@@ -64,6 +66,9 @@ inline WindowGeometry geometry_of(const WindowAttention& a) {
     half.width = static_cast<int>(a.window_w[i]);
     half.rows = static_cast<int>(ceil_div(a.grid_h, half.height));
     half.columns = static_cast<int>(ceil_div(a.grid_w, half.width));
+    if (a.window_h[i] * a.window_w[i] > kMostSlots)
+      throw std::invalid_argument("window attention: more than 65536 tokens in a window");
+    half.inverse = static_cast<uint32_t>((int64_t{1} << 32) / half.width + 1);  // unused where the width is 1
     half.top = static_cast<int>((int64_t{half.rows} * half.height - a.grid_h) / 2);
     half.left = static_cast<int>((int64_t{half.columns} * half.width - a.grid_w) / 2);
   }
@@ -126,7 +131,7 @@ struct Slot {
 };
 
 EFFATTN_DEVICE Slot slot_of(const WindowHalf& half, unsigned index) {
-  const unsigned y = index / half.width;
+  const unsigned y = half.width == 1 ? index : static_cast<unsigned>(uint64_t{index} * half.inverse >> 32);
   return {static_cast<int>(y), static_cast<int>(index - y * half.width)};
 }
 
@@ -150,6 +155,19 @@ EFFATTN_DEVICE Token token_at(const WindowGeometry& geometry, const WindowHalf& 
   const bool inside = y >= 0 && y < geometry.grid_h && x >= 0 && x < geometry.grid_w;
   return {inside ? y * geometry.grid_w + x : -1, region};
 }
+
+// A window with what finds the token of a slot by its number.
+template <bool kShifted>
+struct Slots {
+  const WindowGeometry& geometry;
+  WindowHalf half;
+  Window window;
+
+  EFFATTN_DEVICE int count() const { return half.slots(); }
+  EFFATTN_DEVICE Token token(int index) const {
+    return index < count() ? token_at<kShifted>(geometry, half, window, slot_of(half, index)) : Token{-1, 0};
+  }
+};
 
 // Codes of the slots of a query and a key differ by the entry of the bias table: key minus query, row-major.
 EFFATTN_DEVICE int bias_columns(const WindowHalf& half) { return 2 * half.width - 1; }
