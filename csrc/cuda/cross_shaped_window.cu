@@ -31,7 +31,7 @@ struct WindowForward {
   float* logsumexp;
   const float *bias, *lepe_weight, *lepe_bias;
   int heads, head_dim;
-  int tile[2];  // keys of a stage
+  int tile[2], stages[2];  // keys of a stage
   float scale_log2;
   bool mask_padding;
 };
@@ -66,17 +66,18 @@ struct QueryRows {
       for (int i = 0; i < 4; ++i) score[n][i] = 0;
       multiply<T>(score[n], query, key);
       const int column = 8 * n + lane % 4 * 2;
-      Vec<int32_t, 2> key_codes;
-      if constexpr (kRich) key_codes = codes.template load<2>(row + column);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        score[n][i] *= scale_log2;
-        if constexpr (kRich)
-          score[n][i] += term(key_codes[i % 2], code[i / 2]);
-        else if (column + i % 2 >= count)
-          score[n][i] = -INFINITY;
-        largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);
+      for (int i = 0; i < 4; ++i) score[n][i] *= scale_log2;
+      if constexpr (kRich) {
+        const Vec<int32_t, 2> key_code = codes.template load<2>(row + column);
+        add_terms(score[n], key_code);
+      } else if (8 * n + 8 > count) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (column + i % 2 >= count) score[n][i] = -INFINITY;
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);
     }
     float anchor[2];
 #pragma unroll
@@ -118,136 +119,172 @@ struct QueryRows {
   }
 
  private:
-  EFFATTN_DEVICE float term(int key, int query) const {
-    if (key < 0) return -INFINITY;
-    const float entry = bias == nullptr ? 0.0f : bias[key / 4 - query / 4] * kLog2E;
-    return (key ^ query) & 3 ? entry + kApart : entry;
+  EFFATTN_DEVICE void add_terms(float (&score)[4], const Vec<int32_t, 2>& key_code) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = key_code[i % 2], query = code[i / 2];
+      if (bias != nullptr) score[i] = fmaf(bias[max(key, 0) / 4 - query / 4], kLog2E, score[i]);
+      score[i] = key < 0 ? -INFINITY : (key ^ query) & 3 ? score[i] + kApart : score[i];
+    }
   }
 };
 
-// output += LePE of the 16 queries from `first` on. Values are those of the window if they are resident.
+// output += LePE of the 16 queries from `first` on; slots are those of rows g and g + 8. Values are those of the window
+// where they are resident, else rows that pass through `scratch`, the 16 rows of this warp.
 template <class T, int D, bool kRich>
-EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slots, int first,
-    SharedArray<float> weights, bool resident, SharedArray<T> values, const TokenRows<T>& rows) {
+EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slots, int first, const Slot (&slot)[2],
+    SharedArray<float> weights, bool resident, SharedArray<T> values, SharedArray<T> scratch,
+    const TokenRows<T>& rows) {
+  constexpr int kPitch = kPitchOf<D>;
   const WindowHalf& half = slots.half;
   const int lane = lane_index();
-  Slot slot[2];
+  const SharedArray<T> tile = resident ? values : scratch;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) slot[r] = slot_of(half, min(first + lane / 4 + 8 * r, slots.count() - 1));
+  for (int c = 0; c < D / 8; ++c) {
+    const Vec<float, 2> bias = weights.template load<2>(9 * D + c * 8 + lane % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) output[c][i] += bias[i % 2];
+  }
+  const int reach_y = half.height > 1, reach_x = half.width > 1;
 #pragma unroll 1
-  for (int tap = 0; tap <= 9; ++tap) {  // 9: the bias
-    if ((half.width == 1 && tap % 3 != 1 || half.height == 1 && tap / 3 != 1) && tap != 9) continue;
-    int index[2], token[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Slot near = neighbour(half, slot[r], tap);
-      index[r] = near.y < 0 ? -1 : near.y * half.width + near.x;
-      token[r] = resident || index[r] < 0 ? -1 : slots.token(index[r]).index;
-    }
-#pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      const int column = c * 8 + lane % 4 * 2;
-      const Vec<float, 2> weight = weights.template load<2>(tap * D + column);
+  for (int y = -reach_y; y <= reach_y; ++y)
+#pragma unroll 1
+    for (int x = -reach_x; x <= reach_x; ++x) {
+      if (!resident) {
+        sync_warp();  // the rows of the last tap have been read
+        each_block<D>(kWarpRows, lane, kWarp, [&](int row, int block) {
+          const Slot at = slot_of(half, first + row);
+          const bool inside = contains(half, at.y + y, at.x + x);
+          const int token = inside ? slots.token(first + row + y * half.width + x).index : -1;
+          load_block(tile, row * kPitch + block * 8, rows, token, block);
+        });
+        cp_async_commit();
+        cp_async_wait<0>();
+        sync_warp();
+      }
+      int row[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        Vec<T, 2> pair = {};
-        if (!resident)
-          pair = load_pair(rows, token[r], column);
-        else if (index[r] >= 0)
-          pair = values.template load<2>(index[r] * kPitchOf<D> + column);
+        row[r] = lane / 4 + 8 * r;
+        if (resident) row[r] = min(first + row[r], slots.count() - 1) + y * half.width + x;
+        if (!contains(half, slot[r].y + y, slot[r].x + x)) row[r] = -1;
+      }
+      const int tap = (3 * y + x + 4) * D;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          output[c][2 * r + i] = fmaf(weight[i], tap == 9 ? 1.0f : to_float(pair[i]), output[c][2 * r + i]);
+      for (int c = 0; c < D / 8; ++c) {
+        const int column = c * 8 + lane % 4 * 2;
+        const Vec<float, 2> weight = weights.template load<2>(tap + column);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          Vec<T, 2> pair = {};
+          if (row[r] >= 0) pair = tile.template load<2>(row[r] * kPitch + column);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) output[c][2 * r + i] = fmaf(weight[i], to_float(pair[i]), output[c][2 * r + i]);
+        }
       }
     }
-  }
 }
 
 template <class T, int D, bool kRich>
 __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const __grid_constant__ WindowForward<T> a) {
   constexpr int kPitch = kPitchOf<D>;
   const WindowPlace place = place_of(a.geometry, a.grid, blockIdx.x);
-  const WindowShare share = a.grid.share[place.half];
-  const int lane = lane_index(), team = warp_index() / share.warps, team_warp = warp_index() % share.warps;
-  Slots<kRich> slots = {a.geometry, a.geometry.half[place.half], {}};
-  const int member = place.chunk * share.teams + team, count = slots.count();
-  const bool active = team < share.teams && member < a.geometry.batch * slots.half.rows * slots.half.columns;
-  const int first = (place.block * share.warps + team_warp) * kWarpRows;
+  const WindowShare& share = a.grid.share[place.half];
+  const int lane = lane_index(), team = share.by_warps.quotient(warp_index());
+  const int thread = thread_index() - team * share.warps * kWarp, threads = share.warps * kWarp;  // of the team
+  const int member = place.chunk * share.teams + team;
+  const bool active = team < share.teams && member < share.members;
+  const Slots<kRich> slots = {
+      a.geometry, a.geometry.half[place.half], window_of(a.geometry.half[place.half], active ? member : 0)};
+  const int count = slots.count(), first = place.block * threads / 2 + thread / kWarp * kWarpRows;
   const bool works = active && first < count;
-  slots.window = window_of(slots.half, active ? member : 0);
-  const TokenRows<T> value = a.value.at(slots.window.batch, place.head);
+  const int tile = a.tile[place.half], stages = a.stages[place.half], buffers = stages > 1 ? 2 : 1;
 
-  const int tile = a.tile[place.half], stages = (count + tile - 1) / tile, buffers = stages > 1 ? 2 : 1;
   SharedMemory shared;
-  auto queries = shared.array<T>(share.teams * share.warps * kWarpRows * kPitch);
+  auto queries = shared.array<T>(share.teams * threads / 2 * kPitch);
   auto keys = shared.array<T>(share.teams * buffers * tile * kPitch);
   auto values = shared.array<T>(share.teams * buffers * tile * kPitch);
+  auto query_tokens = shared.array<int32_t>(share.teams * threads / 2);
+  auto key_tokens = shared.array<int32_t>(share.teams * buffers * tile);
   auto codes = shared.array<int32_t>(kRich ? share.teams * buffers * tile : 0);
   auto weights = shared.array<float>(a.lepe_weight == nullptr ? 0 : 10 * D);
   if (active) {
     queries = queries.from(warp_index() * kWarpRows * kPitch);
     keys = keys.from(team * buffers * tile * kPitch);
     values = values.from(team * buffers * tile * kPitch);
+    query_tokens = query_tokens.from(warp_index() * kWarpRows);
+    key_tokens = key_tokens.from(team * buffers * tile);
     if constexpr (kRich) codes = codes.from(team * buffers * tile);
   }
 
-  QueryRows<T, D, kRich> rows;
-  if (works) {
-    const TokenRows<T> query = a.query.at(slots.window.batch, place.head);
-    each_block<D>(kWarpRows, lane, kWarp, [&](int row, int block) {
-      load_block(queries, row * kPitch + block * 8, query, slots.token(first + row).index, block);
-    });
-    if constexpr (kRich) {
-      rows.bias = a.bias == nullptr ? nullptr : bias_centre(a.bias, slots.half, place.head);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int index = min(first + lane / 4 + 8 * r, count - 1);
-        rows.code[r] = mask_code(slots.half, slot_of(slots.half, index), slots.token(index).region);
-      }
-    }
-  }
-  if (a.lepe_weight != nullptr)
+  if (active && lane < kWarpRows) query_tokens[lane] = slots.token(first + lane).index;
+  if (a.lepe_weight != nullptr) {
+    const float* from = a.lepe_weight + int64_t{place.head} * 9 * a.head_dim;
+    const float* bias = a.lepe_bias + int64_t{place.head} * a.head_dim;
+#pragma unroll 1
     for (int i = thread_index(); i < 10 * D; i += block_threads()) {
       const int tap = i / D, column = i % D;
-      const float* from = tap < 9 ? a.lepe_weight + (int64_t{place.head} * 9 + tap) * a.head_dim
-                                  : a.lepe_bias + int64_t{place.head} * a.head_dim;
-      weights[i] = column < a.head_dim && (tap < 9 || a.lepe_bias != nullptr) ? from[column] : 0.0f;
+      float weight = 0;
+      if (column < a.head_dim && (tap < 9 || a.lepe_bias != nullptr))
+        weight = tap < 9 ? from[tap * a.head_dim + column] : bias[column];
+      weights[i] = weight;
     }
+  }
+  QueryRows<T, D, kRich> rows;
+  Slot slot[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int index = min(first + lane / 4 + 8 * r, count - 1);
+    slot[r] = slot_of(slots.half, index);
+    if constexpr (kRich) rows.code[r] = mask_code(slots.half, slot[r], slots.token(index).region);
+  }
+  if constexpr (kRich) rows.bias = a.bias == nullptr ? nullptr : bias_centre(a.bias, slots.half, place.head);
 
+  const TokenRows<T> value = a.value.at(slots.window.batch, place.head);
   for (int next = 0; next <= stages; ++next) {
-    if (active && next < stages) {
+    if (next < stages) {
       const int start = next * tile, row = next % 2 * tile, rounded = min(tile, (count - start + 7) / 8 * 8);
-      const TokenRows<T> key = a.key.at(slots.window.batch, place.head);
-      each_block<D>(rounded, team_warp * kWarp + lane, share.warps * kWarp, [&](int i, int block) {
-        const Token token = slots.token(start + i);
-        const int at = (row + i) * kPitch + block * 8;
-        load_block(keys, at, key, token.index, block);
-        load_block(values, at, value, token.index, block);
-        if constexpr (kRich) {
-          const bool takes_part = start + i < count && !(a.mask_padding && token.index < 0);
-          if (block == 0)
+      if (active)
+#pragma unroll 1
+        for (int i = thread; i < rounded; i += threads) {
+          const Token token = slots.token(start + i);
+          key_tokens[row + i] = token.index;
+          if constexpr (kRich) {
+            const bool takes_part = start + i < count && !(a.mask_padding && token.index < 0);
             codes[row + i] = takes_part ? mask_code(slots.half, slot_of(slots.half, start + i), token.region) : -1;
+          }
         }
-      });
+      sync_block();
+      if (works && next == 0) {
+        const TokenRows<T> query = a.query.at(slots.window.batch, place.head);
+        each_block<D>(kWarpRows, lane, kWarp,
+            [&](int i, int block) { load_block(queries, i * kPitch + block * 8, query, query_tokens[i], block); });
+      }
+      if (active) {
+        const TokenRows<T> key = a.key.at(slots.window.batch, place.head);
+        each_block<D>(rounded, thread, threads, [&](int i, int block) {
+          const int token = key_tokens[row + i], at = (row + i) * kPitch + block * 8;
+          load_block(keys, at, key, token, block);
+          load_block(values, at, value, token, block);
+        });
+      }
     }
     cp_async_commit();
     if (next == 0) continue;
     cp_async_wait<1>();
     sync_block();
-    if (works) {
-      if (next == 1) load_left(rows.query, queries, kPitch, 0);
-      const int start = (next - 1) * tile, row = (next - 1) % 2 * tile, here = min(tile, count - start);
-      for (int key = 0; key < here; key += kKeyTile)
-        rows.attend(keys, values, codes, row + key, min(here - key, kKeyTile), a.scale_log2);
-    }
-    if (next < stages) sync_block();
+    if (!works) continue;
+    if (next == 1) load_left(rows.query, queries, kPitch, 0);
+    const int start = (next - 1) * tile, row = (next - 1) % 2 * tile, here = min(tile, count - start);
+    for (int key = 0; key < here; key += kKeyTile)
+      rows.attend(keys, values, codes, row + key, min(here - key, kKeyTile), a.scale_log2);
   }
   if (!works) return;
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float total = warp_reduce<4>(rows.total[r], Sum()), factor = 1.0f / total;
-    const int token = slots.token(first + lane / 4 + 8 * r).index;
+    const int token = query_tokens[lane / 4 + 8 * r];
     if (lane % 4 == 0 && token >= 0) {
       const int64_t plane = int64_t{slots.window.batch} * a.heads + place.head;
       // in double, so that it is rounded once
@@ -259,7 +296,8 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
 #pragma unroll
       for (int i = 0; i < 2; ++i) rows.output[c][2 * r + i] *= factor;
   }
-  if (a.lepe_weight != nullptr) add_lepe<T, D, kRich>(rows.output, slots, first, weights, stages == 1, values, value);
+  if (a.lepe_weight != nullptr)
+    add_lepe<T, D, kRich>(rows.output, slots, first, slot, weights, stages == 1, values, queries, value);
   sync_warp();  // its rows of Q have been read
 #pragma unroll
   for (int c = 0; c < D / 8; ++c)
@@ -269,9 +307,8 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
           Vec<T, 2>{from_float<T>(rows.output[c][2 * r]), from_float<T>(rows.output[c][2 * r + 1])});
   sync_warp();
   const TokenRows<T> output = a.output.at(slots.window.batch, place.head);
-  each_block<D>(kWarpRows, lane, kWarp, [&](int row, int block) {
-    store_block(output, slots.token(first + row).index, block, queries, row * kPitch + block * 8);
-  });
+  each_block<D>(kWarpRows, lane, kWarp,
+      [&](int row, int block) { store_block(output, query_tokens[row], block, queries, row * kPitch + block * 8); });
 }
 
 template <class T, int D, bool kRich>
@@ -298,10 +335,12 @@ void forward(const WindowAttention& arguments, cudaStream_t stream) {
     const int64_t keys = ceil_div(half.slots(), 8) * 8, row = kPitchOf<D> * sizeof(T);
     const bool resident = 2 * keys * row <= kResidentBytes;
     a.tile[i] = resident ? static_cast<int>(keys) : kKeyTile;
+    a.stages[i] = static_cast<int>(ceil_div(half.slots(), a.tile[i]));
     const size_t held = static_cast<size_t>(share.teams) * (resident ? 1 : 2) * a.tile[i];
-    const size_t here = shared_bytes<T>(share.teams * share.warps * kWarpRows * kPitchOf<D>) +
-                        2 * shared_bytes<T>(held * kPitchOf<D>) + shared_bytes<int32_t>(kRich ? held : 0) +
-                        shared_bytes<float>(a.lepe_weight == nullptr ? 0 : 10 * D);
+    const size_t here =
+        shared_bytes<T>(share.teams * share.warps * kWarpRows * kPitchOf<D>) + 2 * shared_bytes<T>(held * kPitchOf<D>) +
+        shared_bytes<int32_t>(share.teams * share.warps * kWarpRows) + shared_bytes<int32_t>(held) +
+        shared_bytes<int32_t>(kRich ? held : 0) + shared_bytes<float>(a.lepe_weight == nullptr ? 0 : 10 * D);
     if (half.heads > 0 && here > bytes) bytes = here;
   }
   launch(window_forward<T, D, kRich>, dim3(a.grid.blocks), dim3(a.grid.warps * kWarp), bytes, stream, a);
