@@ -51,56 +51,58 @@ TokenTensor<T> token_tensor(const Tensor& tensor) {
 // function(row, block) for every 8 elements of `rows` rows, dealt out to `threads` threads.
 template <int D, class Function>
 EFFATTN_DEVICE void each_block(int rows, int thread, int threads, Function function) {
+#pragma unroll 1
   for (int i = thread; i < rows * (D / 8); i += threads) function(i / (D / 8), i % (D / 8));
 }
 
-// Eight elements of a token's row (zeros if it is negative, and past the last column) to tile[at..], by asynchronous
+// Two neighbouring elements of a token's row from an even column on; zeros if it is negative, and past the last column.
+template <class T>
+EFFATTN_DEVICE Vec<T, 2> load_pair(const TokenRows<T>& rows, int token, int column) {
+  Vec<T, 2> pair = {};
+  if (token < 0 || column >= rows.columns) return pair;
+  const T* from = rows.data + token * rows.row_stride + column * rows.column_stride;
+  if (rows.unit > 1) return load_global<2>(from);
+  pair[0] = from[0];
+  if (column + 1 < rows.columns) pair[1] = from[rows.column_stride];
+  return pair;
+}
+
+// Eight such elements to tile[at..], by asynchronous
 // copy or by store: the caller commits, waits and synchronises.
 template <class T>
 EFFATTN_DEVICE void load_block(SharedArray<T> tile, int at, const TokenRows<T>& rows, int token, int block) {
-  const T* from = rows.data + (token < 0 ? 0 : token) * rows.row_stride;
   if (rows.unit == 8) {
-    cp_async16(tile, at, from + block * 8, token >= 0);
+    cp_async16(tile, at, rows.data + (token < 0 ? 0 : token) * rows.row_stride + block * 8, token >= 0);
     return;
   }
-  Vec<T, 8> piece = {};
-  if (token >= 0) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int column = block * 8 + i;
-      if (rows.unit == 2) {
-        if (column < rows.columns) {
-          const Vec<T, 2> pair = load_global<2>(from + column);
-          piece[i] = pair[0];
-          piece[i + 1] = pair[1];
-        }
-      } else {
-        if (column < rows.columns) piece[i] = from[column * rows.column_stride];
-        if (column + 1 < rows.columns) piece[i + 1] = from[(column + 1) * rows.column_stride];
-      }
-    }
-  }
-  tile.store(at, piece);
+#pragma unroll 1
+  for (int i = 0; i < 8; i += 2) tile.store(at + i, load_pair(rows, token, block * 8 + i));
 }
 
-// The same eight elements from registers to a token's row.
+// The other way, where there is a token.
 template <class T>
-EFFATTN_DEVICE void store_block(const TokenRows<T>& rows, int token, int block, const Vec<T, 8>& piece) {
+EFFATTN_DEVICE void store_block(const TokenRows<T>& rows, int token, int block, SharedArray<T> tile, int at) {
+  if (token < 0) return;
   T* to = rows.data + token * rows.row_stride;
   if (rows.unit == 8) {
-    store_global(to + block * 8, piece);
+    store_global(to + block * 8, tile.template load<8>(at));
     return;
   }
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    const int column = block * 8 + i;
-    if (rows.unit == 2) {
-      if (column < rows.columns) store_global(to + column, Vec<T, 2>{piece[i], piece[i + 1]});
-    } else {
-      if (column < rows.columns) to[column * rows.column_stride] = piece[i];
-      if (column + 1 < rows.columns) to[(column + 1) * rows.column_stride] = piece[i + 1];
-    }
-  }
+#pragma unroll 1
+  for (int column = block * 8; column < min(rows.columns, block * 8 + 8); ++column)
+    to[column * rows.column_stride] = tile[at + column % 8];
+}
+
+// Calls function.operator()<D>() with the columns rounded up to 16, 24 .. 64.
+template <class Function>
+void with_columns(int64_t columns, Function function) {
+  if (columns <= 16) return function.template operator()<16>();
+  if (columns <= 24) return function.template operator()<24>();
+  if (columns <= 32) return function.template operator()<32>();
+  if (columns <= 40) return function.template operator()<40>();
+  if (columns <= 48) return function.template operator()<48>();
+  if (columns <= 56) return function.template operator()<56>();
+  return function.template operator()<64>();
 }
 
 // ---- Fragments
