@@ -19,9 +19,11 @@ constexpr size_t lepe_shared(int warps) {
   return shared_bytes<float>((kTaps + warps * kLepeSums) * D);
 }
 
-// Taps t of LePE (bits) for which slot - t is in the window.
-EFFATTN_DEVICE uint32_t taps_behind(const WindowHalf& half, Slot slot) {
+// Taps t of LePE (bits) for which a slot - t is in the window; none past its last slot.
+EFFATTN_DEVICE uint32_t taps_behind(const WindowHalf& half, int index) {
+  const Slot slot = slot_of(half, index);
   uint32_t taps = 0;
+  if (slot.y >= half.height) return taps;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
     taps |= static_cast<uint32_t>(neighbour(half, slot, tap, -1).y >= 0) << tap;

@@ -41,7 +41,7 @@ EFFATTN_DEVICE Column column_of(const WindowGradient<T>& a, int64_t statistics, 
 
 template <class T, int D, bool kKeys>
 __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
-    stream_gradient_kernel(const WindowGradient<T> a) {
+    stream_gradient_kernel(const __grid_constant__ WindowGradient<T> a) {
   constexpr int kBlocks = D / 8, kPitch = kPitchOf<D>;
   SharedMemory shared;
   const int block_rows = block_threads() / kWarp * kWarpRows;
@@ -52,19 +52,16 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
   const WindowPlace place = place_of(a.geometry, a.grid, blockIdx.x);
   const WindowHalf& half = a.geometry.half[place.half];
   const WindowShare& share = a.grid.share[place.half];
-  const Window window = window_of(half, place.chunk);
-  const int lane = lane_index(), row = warp_index() * kWarpRows, slots = half.slots();
+  const Slots<false> window = {a.geometry, half, window_of(half, place.chunk)};
+  const int lane = lane_index(), row = warp_index() * kWarpRows, slots = half.slots(), batch = window.window.batch;
   const int first_slot = place.block * share.warps * kWarpRows;
-  const int64_t statistics = a.statistics(window.batch, place.head);
-  const TokenRows<T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
-  const TokenRows<T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
+  const int64_t statistics = a.statistics(batch, place.head);
+  const TokenRows<T> q = a.query.at(batch, place.head), k = a.key.at(batch, place.head);
+  const TokenRows<T> v = a.value.at(batch, place.head), g = a.grad_output.at(batch, place.head);
   const float scale_log2 = a.scale * kLog2E;
-  const auto token_of = [&](int slot) {
-    return slot < slots ? token_at<false>(a.geometry, half, window, slot_of(half, slot)).index : -1;
-  };
 
   each_block<D>(share.warps * kWarpRows, thread_index(), block_threads(), [&](int at, int block) {
-    const int token = token_of(first_slot + at), to = at * kPitch + block * 8;
+    const int token = window.token(first_slot + at).index, to = at * kPitch + block * 8;
     load_block(x_own, to, kKeys ? k : q, token, block);
     load_block(y_own, to, kKeys ? v : g, token, block);
   });
@@ -73,20 +70,20 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
     const int first = tile * kStreamed, stage = tile % 2 * kStreamed;
     const int rows = min((slots - first + kWarpRows - 1) / kWarpRows * kWarpRows, kStreamed);
     each_block<D>(rows, thread_index(), block_threads(), [&](int at, int block) {
-      const int token = token_of(first + at), to = (stage + at) * kPitch + block * 8;
+      const int token = window.token(first + at).index, to = (stage + at) * kPitch + block * 8;
       load_block(x_tiles, to, kKeys ? q : k, token, block);
       load_block(y_tiles, to, kKeys ? g : v, token, block);
     });
     cp_async_commit();
     const int slot = first + thread_index();
-    if (thread_index() < kStreamed) column = column_of<T, kKeys>(a, statistics, token_of(slot), slot < slots);
+    if (thread_index() < kStreamed) column = column_of<T, kKeys>(a, statistics, window.token(slot).index, slot < slots);
   };
 
   int token[2];
   float shift[2] = {}, delta[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    token[i] = warp_index() < share.warps ? token_of(first_slot + row + lane / 4 + 8 * i) : -1;
+    token[i] = warp_index() < share.warps ? window.token(first_slot + row + lane / 4 + 8 * i).index : -1;
     if (kKeys) continue;
     const Column own = column_of<T, true>(a, statistics, token[i], true);
     shift[i] = own.shift;
@@ -152,7 +149,7 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
 
   const bool working = warp_index() < share.warps;
   if constexpr (!kKeys) {
-    if (working) store_rows(a.grad_query.at(window.batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
+    if (working) store_rows(a.grad_query.at(batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
     return;
   } else {
     if (a.lepe_weight != nullptr) {
@@ -161,24 +158,21 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
       sync_block();
       uint32_t near[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Slot slot = slot_of(half, first_slot + row + lane / 4 + 8 * i);
-        near[i] = token[i] < 0 ? 0 : taps_behind(half, slot);
-      }
+      for (int i = 0; i < 2; ++i)
+        near[i] = token[i] < 0 ? 0 : taps_behind(half, first_slot + row + lane / 4 + 8 * i);
       if (working)
         lepe.template add<3>(
             y_sums, half, near,
             [&](int i, int column) { return y_own.template load<2>((row + lane / 4 + 8 * i) * kPitch + column); },
             [&](int i, int y, int x, int column) {
-              const Slot slot = slot_of(half, first_slot + row + lane / 4 + 8 * i);
-              const int behind = token_at<false>(a.geometry, half, window, {slot.y - y, slot.x - x}).index;
-              return load_pair(g, behind, column);
+              const int slot = first_slot + row + lane / 4 + 8 * i - y * half.width - x;
+              return load_pair(g, window.token(slot).index, column);
             });
       lepe.write(a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
     }
     if (working) {
-      store_rows(a.grad_key.at(window.batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
-      store_rows(a.grad_value.at(window.batch, place.head), y_sums, 1.0f, y_own, kPitch, row, token);
+      store_rows(a.grad_key.at(batch, place.head), x_sums, a.scale, x_own, kPitch, row, token);
+      store_rows(a.grad_value.at(batch, place.head), y_sums, 1.0f, y_own, kPitch, row, token);
     }
   }
 }

@@ -60,8 +60,7 @@ EFFATTN_DEVICE void store_rows(const TokenRows<T>& to, const float (&sums)[kBloc
   for (int first = 0; first < kWarpRows * kBlocks; first += kWarp) {
     const int at = (first + lane) / kBlocks, block = (first + lane) % kBlocks;
     const int low = shuffle(token[0], at % 8 * 4), high = shuffle(token[1], at % 8 * 4);
-    const int there = at < 8 ? low : high;
-    if (at < kWarpRows && there >= 0) store_block(to, there, block, tile.template load<8>((row + at) * pitch + block * 8));
+    if (at < kWarpRows) store_block(to, at < 8 ? low : high, block, tile, (row + at) * pitch + block * 8);
   }
 }
 
@@ -101,17 +100,12 @@ EFFATTN_DEVICE void load_left_transposed(Left<2>& left, SharedArray<T> tile, int
 }
 
 // The slots of a window, at most 64, whose keys take part.
-template <class T>
-EFFATTN_DEVICE uint64_t keys_taking_part(const WindowGradient<T>& a, const WindowHalf& half, const Window& window) {
-  const int slots = half.slots();
-  if (!a.mask_padding) return slots == 64 ? ~uint64_t{0} : (uint64_t{1} << slots) - 1;
-  uint32_t votes[2];
-  for (int i = 0; i < 2; ++i) {
-    const int slot = lane_index() + i * kWarp;
-    votes[i] = warp_ballot(
-        slot < slots && token_at<false>(a.geometry, half, window, slot_of(half, slot)).index >= 0);
-  }
-  return votes[0] | uint64_t{votes[1]} << 32;
+EFFATTN_DEVICE uint64_t keys_taking_part(const Slots<false>& window, bool mask_padding) {
+  const int count = window.count();
+  if (!mask_padding) return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  const uint32_t low = warp_ballot(window.token(lane_index()).index >= 0);
+  const uint32_t high = warp_ballot(window.token(lane_index() + kWarp).index >= 0);
+  return low | uint64_t{high} << kWarp;
 }
 
 template <class T, int D>
@@ -121,7 +115,7 @@ constexpr size_t tile_gradient_shared() {
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_kernel(const WindowGradient<T> a) {
+__global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_kernel(const __grid_constant__ WindowGradient<T> a) {
   constexpr int kBlocks = D / 8, kPitch = kPitchOf<D>;
   SharedMemory shared;
   const auto q_tile = shared.array<T>(kTileRows * kPitch), k_tile = shared.array<T>(kTileRows * kPitch);
@@ -131,31 +125,28 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
   const WindowPlace place = place_of(a.geometry, a.grid, blockIdx.x);
   const WindowHalf& half = a.geometry.half[place.half];
   const WindowShare& share = a.grid.share[place.half];
-  const int members = a.geometry.batch * half.rows * half.columns;
-  const int lane = lane_index(), team = warp_index() / share.warps, row = warp_index() * kWarpRows;
-  const int slots = half.slots(), key_blocks = team < share.teams ? (slots + 7) / 8 : 0;
+  const int lane = lane_index(), team = share.by_warps.quotient(warp_index()), row = warp_index() * kWarpRows;
+  const int key_blocks = team < share.teams ? (half.slots() + 7) / 8 : 0;
   const int first_row = team * share.warps * kWarpRows, first_slot = row - first_row;  // of the team, of the warp
-  const Slot slot[2] = {slot_of(half, first_slot + lane / 4), slot_of(half, first_slot + lane / 4 + 8)};
   const float scale_log2 = a.scale * kLog2E;
   const Lepe<D> lepe(shared.array<float>((kTaps + block_threads() / kWarp * kLepeSums) * D), a.lepe_weight, place.head,
       a.query.columns);
   uint32_t near[2];  // a slot outside of the image is a row of zeros, as good as any
 #pragma unroll
-  for (int i = 0; i < 2; ++i) near[i] = slot[i].y < half.height ? taps_behind(half, slot[i]) : 0;
+  for (int i = 0; i < 2; ++i) near[i] = taps_behind(half, first_slot + lane / 4 + 8 * i);
 
   const int last = min(a.groups[place.half], (place.chunk + 1) * a.walk);
   for (int group = place.chunk * a.walk; group < last; ++group) {
     const int member = group * share.teams + team;
-    const bool exists = team < share.teams && member < members;
-    const Window window = window_of(half, exists ? member : 0);
+    const bool exists = team < share.teams && member < share.members;
+    const Slots<false> window = {a.geometry, half, window_of(half, exists ? member : 0)};
+    const int batch = window.window.batch;
     sync_block();  // all are done with the last window
     {
-      const TokenRows<T> q = a.query.at(window.batch, place.head), k = a.key.at(window.batch, place.head);
-      const TokenRows<T> v = a.value.at(window.batch, place.head), g = a.grad_output.at(window.batch, place.head);
+      const TokenRows<T> q = a.query.at(batch, place.head), k = a.key.at(batch, place.head);
+      const TokenRows<T> v = a.value.at(batch, place.head), g = a.grad_output.at(batch, place.head);
       each_block<D>(kWarpRows, lane, kWarp, [&](int at, int block) {
-        const int i = first_slot + at, to = (row + at) * kPitch + block * 8;
-        const bool valid = exists && i < slots;
-        const int token = valid ? token_at<false>(a.geometry, half, window, slot_of(half, i)).index : -1;
+        const int to = (row + at) * kPitch + block * 8, token = exists ? window.token(first_slot + at).index : -1;
         load_block(q_tile, to, q, token, block);
         load_block(k_tile, to, k, token, block);
         load_block(v_tile, to, v, token, block);
@@ -167,12 +158,11 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
     float lse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool valid = exists && first_slot + lane / 4 + 8 * i < slots;
-      token[i] = valid ? token_at<false>(a.geometry, half, window, slot[i]).index : -1;
+      token[i] = exists ? window.token(first_slot + lane / 4 + 8 * i).index : -1;
       lse[i] = INFINITY;  // a row that is none has P = 0
-      if (token[i] >= 0) lse[i] = a.logsumexp[a.statistics(window.batch, place.head) + token[i]] * kLog2E;
+      if (token[i] >= 0) lse[i] = a.logsumexp[a.statistics(batch, place.head) + token[i]] * kLog2E;
     }
-    const uint64_t part = keys_taking_part(a, half, window);
+    const uint64_t part = keys_taking_part(window, a.mask_padding);
     cp_async_wait<0>();
     sync_block();
 
@@ -227,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
           [&](int i, int y, int x, int column) {
             return g_tile.template load<2>((row + lane / 4 + 8 * i - y * half.width - x) * kPitch + column);
           });
-    store_rows(a.grad_value.at(window.batch, place.head), sums, 1.0f, v_tile, kPitch, row, token);
+    store_rows(a.grad_value.at(batch, place.head), sums, 1.0f, v_tile, kPitch, row, token);
 
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
@@ -239,7 +229,7 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
       const Left<2> left = {{ds_left[n][0], ds_left[n][1]}, {ds_left[n + 1][0], ds_left[n + 1][1]}};
       add_rows(sums, left, k_tile, kPitch, first_row + n * 8);
     }
-    store_rows(a.grad_query.at(window.batch, place.head), sums, a.scale, v_tile, kPitch, row, token);
+    store_rows(a.grad_query.at(batch, place.head), sums, a.scale, v_tile, kPitch, row, token);
 
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
@@ -250,7 +240,7 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
       load_left_transposed(left, ds_tile, kScorePitch, first_row + step * 16, first_slot);
       add_rows(sums, left, q_tile, kPitch, first_row + step * 16);
     }
-    store_rows(a.grad_key.at(window.batch, place.head), sums, a.scale, v_tile, kPitch, row, token);
+    store_rows(a.grad_key.at(batch, place.head), sums, a.scale, v_tile, kPitch, row, token);
   }
   if (a.lepe_weight != nullptr)
     lepe.write(a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);

@@ -342,7 +342,7 @@ def _attend(
         _check_divides(op, grid, windows)
     _check_lepe(op, query, *lepe)
     query, key, value = _checks.autocast(query, key, value)
-    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), windows, overlap)
+    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), windows, overlap, shift, bias[0])
     problem = Problem(query.device.type, query.dtype, query.shape[3], dropout_p, beyond_cuda=beyond_cuda)
     backend = choose(op, backend, problem)
     if backend == "reference":
@@ -360,9 +360,10 @@ def _attend(
     )
 
 
-def _beyond_cuda(tensors, windows, overlap) -> str:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "the CUDA kernels of windows have no backward"
+def _beyond_cuda(tensors, windows, overlap, shift, bias_table) -> str:
+    if shift != (0, 0) or bias_table is not None:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return "the CUDA kernels of windows have no backward with a shift or a bias table"
     if overlap != (0, 0):
         return "the CUDA kernels of windows have no overlap"
     if any(height * width > CUDA_SLOTS for height, width in windows):

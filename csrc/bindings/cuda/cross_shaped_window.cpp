@@ -94,9 +94,52 @@ std::tuple<TorchTensor, TorchTensor> window_fwd(TorchTensor query, TorchTensor k
   return {std::move(output), std::move(logsumexp)};
 }
 
+using Gradients = std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor>;
+
+Gradients window_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key, TorchTensor value,
+    std::optional<TorchTensor> bias, std::optional<TorchTensor> lepe_weight, std::optional<TorchTensor> lepe_bias,
+    TorchTensor output, TorchTensor logsumexp, int64_t grid_h, int64_t grid_w, int64_t window_h, int64_t window_w,
+    int64_t second_h, int64_t second_w, int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w,
+    int64_t num_prefix_tokens, bool mask_padding, bool bias_weighs, double scale) {
+  const Device device(query);
+  STD_TORCH_CHECK(!bias && shift_h + shift_w == 0, "the CUDA kernels of windows have no backward with bias or shift");
+  effattn::cuda::WindowAttentionGradient g = {};
+  g.of = arguments_of(device, query, key, value, bias, lepe_weight, lepe_bias,
+      {grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w,
+          num_prefix_tokens, mask_padding, bias_weighs, scale});
+  const Tensor& q = g.of.query;
+  const int64_t heads = q.size[1], head_dim = q.size[3];
+  g.of.output = tokens_of(device, output, q, "output");
+  g.of.logsumexp =
+      contiguous_data<float>(device, logsumexp, ScalarType::Float, {q.size[0], heads, q.size[2]}, "logsumexp");
+  g.grad_output = tokens_of(device, grad_output, q, "grad_output");
+  TorchTensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
+              grad_value = torch::stable::empty_like(value);
+  g.grad_query = view(device, grad_query, "grad_query");
+  g.grad_key = view(device, grad_key, "grad_key");
+  g.grad_value = view(device, grad_value, "grad_value");
+  const auto parameter = [&](bool given, std::initializer_list<int64_t> sizes, float*& to) {
+    TorchTensor gradient = device.empty(given ? sizes : std::initializer_list<int64_t>{0}, aoti_torch_dtype_float32());
+    if (given) to = static_cast<float*>(gradient.data_ptr());
+    return gradient;
+  };
+  TorchTensor grad_bias = parameter(false, {}, g.grad_bias);
+  TorchTensor grad_weight = parameter(lepe_weight.has_value(), {heads, 9, head_dim}, g.grad_lepe_weight);
+  TorchTensor grad_lepe_bias = parameter(lepe_bias.has_value(), {heads, head_dim}, g.grad_lepe_bias);
+  if (query.numel() > 0) {
+    TorchTensor workspace = device.workspace(effattn::cuda::window_attention_gradient_workspace(g));
+    effattn::cuda::window_attention_gradient(g, workspace.data_ptr(), device.stream());
+  } else {
+    for (TorchTensor* gradient : {&grad_weight, &grad_lepe_bias}) torch::stable::zero_(*gradient);
+  }
+  return {std::move(grad_query), std::move(grad_key), std::move(grad_value), std::move(grad_bias),
+      std::move(grad_weight), std::move(grad_lepe_bias)};
+}
+
 }  // namespace
 }  // namespace effattn::bindings::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(EFFATTN_CUDA_NAMESPACE, EFFATTN_CUDA_KEY, m) {
   m.impl("window_fwd", TORCH_BOX(&effattn::bindings::cuda::window_fwd));
+  m.impl("window_bwd", TORCH_BOX(&effattn::bindings::cuda::window_bwd));
 }
