@@ -8,7 +8,7 @@
 // Either way S comes as the products need it as their left factor, in registers; no score goes through shared memory.
 // Keys read the log-sum-exp and delta of a column, queries those of their row, and for a column what takes it out.
 //
-// Registers: X, Y, one or two sums, S and dP of 32 columns. Shared memory: X and Y, two stages of X' and Y'.
+// Registers: one or two sums, S and dP of 32 columns. Shared memory: X and Y, two stages of X' and Y'.
 // Bytes per kernel: 2 N D of 2 for each block of a window and 2 N D more, 8 N; keys write 2 N D, queries N D.
 // FLOPs: keys 8 N K D, queries 6 N K D.
 #pragma once
@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
   }
 
   fetch(0);
-  Left<kBlocks> x = {}, y = {};
   float x_sums[kBlocks][4] = {}, y_sums[kBlocks][4] = {};
   const int tiles = (slots + kStreamed - 1) / kStreamed;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -104,10 +103,6 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
     sync_block();  // this stage is there, and all are done with the other
     if (tile + 1 < tiles) fetch(tile + 1);
     if (warp_index() >= share.warps) continue;
-    if (tile == 0) {
-      load_left(x, x_own, kPitch, row);
-      load_left(y, y_own, kPitch, row);
-    }
 #pragma unroll 1
     for (int first = 0; first < kStreamed; first += kScoreColumns) {
       const int left_over = slots - tile * kStreamed - first;
@@ -115,8 +110,11 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
       const int blocks = (left_over + 7) / 8;
       constexpr int kScoreBlocks = kScoreColumns / 8;
       float p[kScoreBlocks][4] = {}, ds[kScoreBlocks][4] = {};
-      add_scores(p, x, x_tiles, kPitch, stage + first, blocks);
-      add_scores(ds, y, y_tiles, kPitch, stage + first, blocks);
+      Left<kBlocks> left_rows;  // again for every 32 columns: held, they would spill
+      load_left(left_rows, x_own, kPitch, row);
+      add_scores(p, left_rows, x_tiles, kPitch, stage + first, blocks);
+      load_left(left_rows, y_own, kPitch, row);
+      add_scores(ds, left_rows, y_tiles, kPitch, stage + first, blocks);
 #pragma unroll
       for (int n = 0; n < kScoreBlocks; ++n) {
         if (n >= blocks) break;
