@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
       a.query.columns);
   uint32_t near[2];  // a slot outside of the image is a row of zeros, as good as any
 #pragma unroll
-  for (int i = 0; i < 2; ++i) near[i] = taps_behind(half, first_slot + lane / 4 + 8 * i);
+  for (int i = 0; i < 2; ++i) near[i] = team < share.teams ? taps_behind(half, first_slot + lane / 4 + 8 * i) : 0;
 
   const int last = min(a.groups[place.half], (place.chunk + 1) * a.walk);
   for (int group = place.chunk * a.walk; group < last; ++group) {
