@@ -72,7 +72,8 @@ EFFATTN_DEVICE Vec<T, 2> load_pair(const TokenRows<T>& rows, int token, int colu
 template <class T>
 EFFATTN_DEVICE void load_block(SharedArray<T> tile, int at, const TokenRows<T>& rows, int token, int block) {
   if (rows.unit == 8) {
-    cp_async16(tile, at, rows.data + (token < 0 ? 0 : token) * rows.row_stride + block * 8, token >= 0);
+    const bool there = token >= 0 && block * 8 < rows.columns;
+    cp_async16(tile, at, there ? rows.data + token * rows.row_stride + block * 8 : rows.data, there);
     return;
   }
 #pragma unroll 1
@@ -82,7 +83,7 @@ EFFATTN_DEVICE void load_block(SharedArray<T> tile, int at, const TokenRows<T>& 
 // The other way, where there is a token.
 template <class T>
 EFFATTN_DEVICE void store_block(const TokenRows<T>& rows, int token, int block, SharedArray<T> tile, int at) {
-  if (token < 0) return;
+  if (token < 0 || block * 8 >= rows.columns) return;
   T* to = rows.data + token * rows.row_stride;
   if (rows.unit == 8) {
     store_global(to + block * 8, tile.template load<8>(at));
