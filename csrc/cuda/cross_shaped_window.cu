@@ -20,7 +20,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f, kApart = -100.0f * kLog2E;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr int kKeyBlocks = 8, kKeyTile = 8 * kKeyBlocks;  // scores in registers
+constexpr int kKeyBlocks = 4, kKeyTile = 8 * kKeyBlocks;  // scores in registers
 constexpr int64_t kResidentBytes = 40 * 1024;
 
 template <class T>
@@ -129,16 +129,23 @@ struct QueryRows {
   }
 };
 
-// output += LePE of the 16 queries from `first` on; slots are those of rows g and g + 8. Values are those of the window
-// where they are resident, else rows that pass through `scratch`, the 16 rows of this warp.
+// output += LePE of the 16 queries from `first` on. Values are those of the window where they are resident, else rows
+// that pass through `scratch`, the 16 rows of this warp.
 template <class T, int D, bool kRich>
-EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slots, int first, const Slot (&slot)[2],
+EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slots, int first,
     SharedArray<float> weights, bool resident, SharedArray<T> values, SharedArray<T> scratch,
     const TokenRows<T>& rows) {
   constexpr int kPitch = kPitchOf<D>;
   const WindowHalf& half = slots.half;
   const int lane = lane_index();
   const SharedArray<T> tile = resident ? values : scratch;
+  int index[2];
+  Slot slot[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    index[r] = min(first + lane / 4 + 8 * r, slots.count() - 1);
+    slot[r] = slot_of(half, index[r]);
+  }
 #pragma unroll
   for (int c = 0; c < D / 8; ++c) {
     const Vec<float, 2> bias = weights.template load<2>(9 * D + c * 8 + lane % 4 * 2);
@@ -165,8 +172,7 @@ EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slot
       int row[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        row[r] = lane / 4 + 8 * r;
-        if (resident) row[r] = min(first + row[r], slots.count() - 1) + y * half.width + x;
+        row[r] = resident ? index[r] + y * half.width + x : lane / 4 + 8 * r;
         if (!contains(half, slot[r].y + y, slot[r].x + x)) row[r] = -1;
       }
       const int tap = (3 * y + x + 4) * D;
@@ -185,8 +191,14 @@ EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slot
     }
 }
 
+// So many that 24 warps fit a multiprocessor, or 20, or 16: none spills (tests/test_cuda_compile.py).
+template <int D, bool kRich>
+constexpr int kRegisters = D <= 24 && !kRich ? 80
+                           : D <= 32         ? 96
+                                             : 128;
+
 template <class T, int D, bool kRich>
-__global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const __grid_constant__ WindowForward<T> a) {
+__global__ void __maxnreg__((kRegisters<D, kRich>)) window_forward(const __grid_constant__ WindowForward<T> a) {
   constexpr int kPitch = kPitchOf<D>;
   const WindowPlace place = place_of(a.geometry, a.grid, blockIdx.x);
   const WindowShare& share = a.grid.share[place.half];
@@ -194,8 +206,12 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
   const int thread = thread_index() - team * share.warps * kWarp, threads = share.warps * kWarp;  // of the team
   const int member = place.chunk * share.teams + team;
   const bool active = team < share.teams && member < share.members;
-  const Slots<kRich> slots = {
-      a.geometry, a.geometry.half[place.half], window_of(a.geometry.half[place.half], active ? member : 0)};
+  // made anew in every part of the kernel: registers are for the products
+  const auto slots_now = [&] {
+    const WindowHalf& half = a.geometry.half[opaque(place.half)];
+    return Slots<kRich>{a.geometry, half, window_of(half, active ? opaque(member) : 0)};
+  };
+  const Slots<kRich> slots = slots_now();
   const int count = slots.count(), first = place.block * threads / 2 + thread / kWarp * kWarpRows;
   const bool works = active && first < count;
   const int tile = a.tile[place.half], stages = a.stages[place.half], buffers = stages > 1 ? 2 : 1;
@@ -231,18 +247,18 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
     }
   }
   QueryRows<T, D, kRich> rows;
-  Slot slot[2];
+  if constexpr (kRich) {
+    rows.bias = a.bias == nullptr ? nullptr : bias_centre(a.bias, slots.half, place.head);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int index = min(first + lane / 4 + 8 * r, count - 1);
-    slot[r] = slot_of(slots.half, index);
-    if constexpr (kRich) rows.code[r] = mask_code(slots.half, slot[r], slots.token(index).region);
+    for (int r = 0; r < 2; ++r) {
+      const int index = min(first + lane / 4 + 8 * r, count - 1);
+      rows.code[r] = mask_code(slots.half, slot_of(slots.half, index), slots.token(index).region);
+    }
   }
-  if constexpr (kRich) rows.bias = a.bias == nullptr ? nullptr : bias_centre(a.bias, slots.half, place.head);
 
-  const TokenRows<T> value = a.value.at(slots.window.batch, place.head);
   for (int next = 0; next <= stages; ++next) {
     if (next < stages) {
+      const Slots<kRich> slots = slots_now();
       const int start = next * tile, row = next % 2 * tile, rounded = min(tile, (count - start + 7) / 8 * 8);
       if (active)
 #pragma unroll 1
@@ -261,7 +277,8 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
             [&](int i, int block) { load_block(queries, i * kPitch + block * 8, query, query_tokens[i], block); });
       }
       if (active) {
-        const TokenRows<T> key = a.key.at(slots.window.batch, place.head);
+        const TokenRows<T> key = a.key.at(slots.window.batch, place.head),
+                           value = a.value.at(slots.window.batch, place.head);
         each_block<D>(rounded, thread, threads, [&](int i, int block) {
           const int token = key_tokens[row + i], at = (row + i) * kPitch + block * 8;
           load_block(keys, at, key, token, block);
@@ -281,12 +298,13 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
   }
   if (!works) return;
 
+  const Slots<kRich> again = slots_now();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float total = warp_reduce<4>(rows.total[r], Sum()), factor = 1.0f / total;
     const int token = query_tokens[lane / 4 + 8 * r];
     if (lane % 4 == 0 && token >= 0) {
-      const int64_t plane = int64_t{slots.window.batch} * a.heads + place.head;
+      const int64_t plane = int64_t{again.window.batch} * a.heads + place.head;
       // in double, so that it is rounded once
       a.logsumexp[plane * a.geometry.grid_h * a.geometry.grid_w + token] =
           static_cast<float>((static_cast<double>(rows.maximum[r]) + log2_approx(total)) * kLn2);
@@ -297,7 +315,8 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
       for (int i = 0; i < 2; ++i) rows.output[c][2 * r + i] *= factor;
   }
   if (a.lepe_weight != nullptr)
-    add_lepe<T, D, kRich>(rows.output, slots, first, slot, weights, stages == 1, values, queries, value);
+    add_lepe<T, D, kRich>(
+        rows.output, again, first, weights, stages == 1, values, queries, a.value.at(again.window.batch, place.head));
   sync_warp();  // its rows of Q have been read
 #pragma unroll
   for (int c = 0; c < D / 8; ++c)
@@ -306,7 +325,7 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, 2) window_forward(const _
       queries.store((lane / 4 + 8 * r) * kPitch + c * 8 + lane % 4 * 2,
           Vec<T, 2>{from_float<T>(rows.output[c][2 * r]), from_float<T>(rows.output[c][2 * r + 1])});
   sync_warp();
-  const TokenRows<T> output = a.output.at(slots.window.batch, place.head);
+  const TokenRows<T> output = a.output.at(again.window.batch, place.head);
   each_block<D>(kWarpRows, lane, kWarp,
       [&](int row, int block) { store_block(output, query_tokens[row], block, queries, row * kPitch + block * 8); });
 }

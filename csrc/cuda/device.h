@@ -207,6 +207,13 @@ EFFATTN_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selec
   return __byte_perm(low, high, selector);
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed again, not kept in registers.
+EFFATTN_DEVICE int opaque(int value) {
+  int result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+
 EFFATTN_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 EFFATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 

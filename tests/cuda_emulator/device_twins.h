@@ -143,6 +143,8 @@ inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
+inline int opaque(int value) { return value; }
+
 inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
