@@ -29,7 +29,9 @@ def _kernels():
         pytest.skip(reason)
 
 
-def training(grid, width, head_dim=24, *, heads=2, batch=1, lepe="per head", op="cross_shaped_window_attention", **more):
+def training(
+    grid, width, head_dim=24, *, heads=2, batch=1, lepe="per head", op="cross_shaped_window_attention", **more
+):
     """A case of conformance and its shape."""
     padding = "zero_key" if any(side % width for side in grid) and max(grid) > width else "error"
     options = {"grid": grid, "stripe_width": width, "padding": padding, **more}
@@ -56,7 +58,9 @@ def check(case, shape, dtype=torch.bfloat16, layouts=None, grad_layout=None):
 
 @CUDA
 @DTYPES
-@pytest.mark.parametrize("case", [case for op in ("cross_shaped_window_attention", "stripe_attention") for case in CASES[op]])
+@pytest.mark.parametrize(
+    "case", [case for op in ("cross_shaped_window_attention", "stripe_attention") for case in CASES[op]]
+)
 def test_the_cases_of_the_conformance_suite(backend, dtype, case):
     check(case, Shape(heads=2), dtype)
 
@@ -77,6 +81,13 @@ def test_every_head_dim(backend, windows, head_dim):
 def test_windows_from_one_slot_to_several_tiles(backend, grid, width):
     """49, 64, 56 and 2, 48 and 16, 1, 65, 98, 169 slots; after the first, not all warps of a block have rows."""
     check(*training(grid, width))
+
+
+@CUDA
+@pytest.mark.slow
+def test_blocks_that_walk_over_several_groups_of_windows(backend):
+    """4101 groups of four windows: 2051 blocks, the last with one group, of one window."""
+    check(*training((3, 4 * 4100 + 1), 1, 8, heads=1, op="stripe_attention", orientation="vertical"))
 
 
 @CUDA

@@ -1,8 +1,8 @@
 // Gradients of attention in windows: the formulas and who owns what are in the headers.
 //
-//   windows of at most 64 slots   tile_gradient_kernel: all in one pass                                  _gradient_tile.h
-//   others                        delta_kernel, then stream_gradient_kernel for keys and for queries     _gradient_stream.h
-//   LePE's weight and bias        sums of blocks in the kernels that have dV, added in order             _gradient_lepe.h
+//   windows of at most 64 slots   tile_gradient_kernel: all in one pass _gradient_tile.h others delta_kernel, then
+//   stream_gradient_kernel for keys and for queries     _gradient_stream.h LePE's weight and bias        sums of blocks
+//   in the kernels that have dV, added in order             _gradient_lepe.h
 #include "cross_shaped_window_gradient_stream.h"
 
 namespace effattn::cuda {
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(
 }
 
 // One block: 32 of the 10 x columns sums of a head, over all blocks that had the head: every 32nd, then those sums.
-__global__ void __launch_bounds__(kSumWarps* kWarp) add_lepe_sums_kernel(const float* sums, WindowGeometry geometry,
-    WindowGrid grid, int columns, float* grad_weight, float* grad_bias) {
+__global__ void __launch_bounds__(kSumWarps* kWarp) add_lepe_sums_kernel(
+    const float* sums, WindowGeometry geometry, WindowGrid grid, int columns, float* grad_weight, float* grad_bias) {
   SharedMemory shared;
   const auto parts = shared.array<double>(kSumWarps * kWarp);
   const int size = kLepeSums * columns, blocks = (size + kWarp - 1) / kWarp;
@@ -107,7 +107,8 @@ bool one_tile(const WindowGeometry& geometry) {
   return geometry.half[0].slots() <= kSmallWindow && geometry.half[1].slots() <= kSmallWindow;
 }
 
-inline constexpr int kWantedBlocks = 2048;  // several waves of the largest chip; fixed, so that sums do not depend on it
+inline constexpr int kWantedBlocks =
+    2048;  // several waves of the largest chip; fixed, so that sums do not depend on it
 
 struct GradientPlan {
   WindowGeometry geometry;
@@ -144,7 +145,8 @@ void launch_gradients(const WindowGradient<T>& gradient, const GradientPlan& pla
     launch(tile_gradient_kernel<T, D>, grid, block, tile_gradient_shared<T, D>(), stream, gradient);
   } else {
     const int warps = plan.grid.warps;
-    launch(stream_gradient_kernel<T, D, true>, grid, block, stream_gradient_shared<T, D, true>(warps), stream, gradient);
+    launch(
+        stream_gradient_kernel<T, D, true>, grid, block, stream_gradient_shared<T, D, true>(warps), stream, gradient);
     launch(
         stream_gradient_kernel<T, D, false>, grid, block, stream_gradient_shared<T, D, false>(warps), stream, gradient);
   }
@@ -174,10 +176,9 @@ void window_attention_gradient(const WindowAttentionGradient& g, void* workspace
   const auto run = [&](auto element) {
     using T = decltype(element);
     const WindowGradient<T> gradient = {plan.geometry, plan.grid, plan.walk, {plan.groups[0], plan.groups[1]},
-        token_tensor<T>(a.query), token_tensor<T>(a.key), token_tensor<T>(a.value),
-        token_tensor<T>(g.grad_output), a.logsumexp, delta, a.lepe_weight, token_tensor<T>(g.grad_query),
-        token_tensor<T>(g.grad_key), token_tensor<T>(g.grad_value), lepe_sums, static_cast<int>(a.query.size[1]),
-        a.mask_padding, a.scale};
+        token_tensor<T>(a.query), token_tensor<T>(a.key), token_tensor<T>(a.value), token_tensor<T>(g.grad_output),
+        a.logsumexp, delta, a.lepe_weight, token_tensor<T>(g.grad_query), token_tensor<T>(g.grad_key),
+        token_tensor<T>(g.grad_value), lepe_sums, static_cast<int>(a.query.size[1]), a.mask_padding, a.scale};
     if (!plan.one_tile) launch_delta(gradient, a, delta, stream);
     with_columns(a.query.size[3], [&]<int D>() { launch_gradients<T, D>(gradient, plan, stream); });
   };

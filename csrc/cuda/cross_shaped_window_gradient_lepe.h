@@ -1,6 +1,7 @@
 // What LePE, the depthwise 3 x 3 convolution of V inside a window, adds to the gradients of window attention:
 //
-//   dV[p] += sum_t w[t] dO[p - t]        dw[t] = sum_p dO[p - t] V[p]        db = sum_p dO[p]        p - t in the window
+//   dV[p] += sum_t w[t] dO[p - t]        dw[t] = sum_p dO[p - t] V[p]        db = sum_p dO[p]        p - t in the
+//   window
 //
 // A warp adds to the sums of its 16 rows of dV, where they lie, and has 10 x D sums of dw and db in shared memory: each
 // neighbour of dO is read once for both. The D / 4 products of a lane are added up over the rows by an exchange of
@@ -25,8 +26,7 @@ EFFATTN_DEVICE uint32_t taps_behind(const WindowHalf& half, int index) {
   uint32_t taps = 0;
   if (slot.y >= half.height) return taps;
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap)
-    taps |= static_cast<uint32_t>(neighbour(half, slot, tap, -1).y >= 0) << tap;
+  for (int tap = 0; tap < kTaps; ++tap) taps |= static_cast<uint32_t>(neighbour(half, slot, tap, -1).y >= 0) << tap;
   return taps;
 }
 
@@ -59,8 +59,8 @@ class Lepe {
   // grad_value: rows g and g + 8. near[i]: taps_behind. value(i, column): two elements of V in row g + 8 i;
   // behind(i, y, x, column): of dO, (y, x) before it.
   template <int kUnroll, class Value, class Behind>
-  EFFATTN_DEVICE void add(float (&grad_value)[D / 8][4], const WindowHalf& half, const uint32_t (&near)[2],
-      Value value, Behind behind) const {
+  EFFATTN_DEVICE void add(float (&grad_value)[D / 8][4], const WindowHalf& half, const uint32_t (&near)[2], Value value,
+      Behind behind) const {
 #pragma unroll kUnroll
     for (int tap = 0; tap < kLepeSums; ++tap) {
       const bool of_bias = tap == kTaps;

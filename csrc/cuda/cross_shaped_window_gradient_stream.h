@@ -1,5 +1,5 @@
-// Gradients of windows of any size, in two kernels of one form: a block owns 16 slots for each of its warps, and the other
-// slots of the window stream past, 64 at a time and in two stages.
+// Gradients of windows of any size, in two kernels of one form: a block owns 16 slots for each of its warps, and the
+// other slots of the window stream past, 64 at a time and in two stages.
 //
 //   S = X X'^T     dP = Y Y'^T     P = exp(scale S - lse)     dS = P (dP - delta)
 //   keys:     (X, Y) = (K, V), (X', Y') = (Q, dO):    dK = scale dS X',  dV = P Y' + what LePE adds
@@ -156,8 +156,7 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
       sync_block();
       uint32_t near[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        near[i] = token[i] < 0 ? 0 : taps_behind(half, first_slot + row + lane / 4 + 8 * i);
+      for (int i = 0; i < 2; ++i) near[i] = token[i] < 0 ? 0 : taps_behind(half, first_slot + row + lane / 4 + 8 * i);
       if (working)
         lepe.template add<3>(
             y_sums, half, near,

@@ -3,15 +3,15 @@
 //   P = exp(scale Q K^T - lse)      dP = dO V^T      delta_i = sum_j P_ij dP_ij      dS = P (dP - delta)
 //   dQ = scale dS K                 dK = scale dS^T Q                 dV = P^T dO + what LePE adds
 //
-// A warp has 16 queries and all keys of its window, S, P, dP and dS in registers; so the sums over a row are shuffles of
-// four lanes, and dQ has its left factor where it lies. P^T and dS^T are sums over queries, which other warps have: both
-// matrices go through shared memory once in 16 bits (8 stores and, transposed, 2 ldmatrix of each warp and 16 queries).
-// The other way, S^T = K Q^T as a product of its own, would be seven products instead of five and every exponential
-// twice, and below D = 53 the exponentials cost more than the products; transposed rows alone would need delta, so O and
-// LePE(V), from memory. The log-sum-exp is 4 bytes a row, and spares a maximum, a sum and a division.
+// A warp has 16 queries and all keys of its window, S, P, dP and dS in registers; so the sums over a row are shuffles
+// of four lanes, and dQ has its left factor where it lies. P^T and dS^T are sums over queries, which other warps have:
+// both matrices go through shared memory once in 16 bits (8 stores and, transposed, 2 ldmatrix of each warp and 16
+// queries). The other way, S^T = K Q^T as a product of its own, would be seven products instead of five and every
+// exponential twice, and below D = 53 the exponentials cost more than the products; transposed rows alone would need
+// delta, so O and LePE(V), from memory. The log-sum-exp is 4 bytes a row, and spares a maximum, a sum and a division.
 //
-// Shared memory, 64 rows each: q, k, v, dO; P and dS. V's rows belong to one warp once dP is there; they then stage what
-// it stores. A block walks `walk` groups of windows of one head, with the sums of LePE's gradients in registers.
+// Shared memory, 64 rows each: q, k, v, dO; P and dS. V's rows belong to one warp once dP is there; they then stage
+// what it stores. A block walks `walk` groups of windows of one head, with the sums of LePE's gradients in registers.
 //
 // Bytes: 7 N D of 2, 4 N. FLOPs: 10 N K D.
 #pragma once
@@ -45,8 +45,8 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 
 // sums * factor, rounded, to the rows of the tokens of slots g and g + 8; through 16 rows of a tile that the warp owns.
 template <class T, int kBlocks>
-EFFATTN_DEVICE void store_rows(const TokenRows<T>& to, const float (&sums)[kBlocks][4], float factor, SharedArray<T> tile,
-    int pitch, int row, const int (&token)[2]) {
+EFFATTN_DEVICE void store_rows(const TokenRows<T>& to, const float (&sums)[kBlocks][4], float factor,
+    SharedArray<T> tile, int pitch, int row, const int (&token)[2]) {
   const int lane = lane_index();
   sync_warp();
 #pragma unroll
@@ -66,8 +66,8 @@ EFFATTN_DEVICE void store_rows(const TokenRows<T>& to, const float (&sums)[kBloc
 
 // Scores of 16 rows of `left` and 8 n rows of a tile from `row` on, those n below `blocks`.
 template <class T, int kCount, int kBlocks>
-EFFATTN_DEVICE void add_scores(float (&sums)[kCount][4], const Left<kBlocks>& left, SharedArray<T> tile, int pitch,
-    int row, int blocks) {
+EFFATTN_DEVICE void add_scores(
+    float (&sums)[kCount][4], const Left<kBlocks>& left, SharedArray<T> tile, int pitch, int row, int blocks) {
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
     if (n >= blocks) break;
@@ -79,8 +79,7 @@ EFFATTN_DEVICE void add_scores(float (&sums)[kCount][4], const Left<kBlocks>& le
 
 // sums += left times 16 rows of a tile.
 template <class T, int kBlocks>
-EFFATTN_DEVICE void add_rows(
-    float (&sums)[kBlocks][4], const Left<2>& left, SharedArray<T> tile, int pitch, int row) {
+EFFATTN_DEVICE void add_rows(float (&sums)[kBlocks][4], const Left<2>& left, SharedArray<T> tile, int pitch, int row) {
   Right<kBlocks> first, second;
   load_right<true>(first, tile, pitch, row);
   load_right<true>(second, tile, pitch, row + 8);
@@ -115,7 +114,8 @@ constexpr size_t tile_gradient_shared() {
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_kernel(const __grid_constant__ WindowGradient<T> a) {
+__global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
+    tile_gradient_kernel(const __grid_constant__ WindowGradient<T> a) {
   constexpr int kBlocks = D / 8, kPitch = kPitchOf<D>;
   SharedMemory shared;
   const auto q_tile = shared.array<T>(kTileRows * kPitch), k_tile = shared.array<T>(kTileRows * kPitch);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
     cp_async_wait<0>();
     sync_block();
 
-    uint32_t p_left[kKeyBlocks][2], ds_left[kKeyBlocks][2];
+    uint32_t ds_left[kKeyBlocks][2];
     {
       float p[kKeyBlocks][4] = {}, dp[kKeyBlocks][4] = {}, delta[2] = {};
       Left<kBlocks> left;
@@ -191,12 +191,13 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3) tile_gradient_k
       for (int n = 0; n < kKeyBlocks; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) dp[n][i] = p[n][i] * (dp[n][i] - delta[i / 2]);
-        pack_left<T>(p_left[n], p[n]);
+        uint32_t p_left[2];
+        pack_left<T>(p_left, p[n]);
         pack_left<T>(ds_left[n], dp[n]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = ((row + lane / 4 + 8 * i) * kScorePitch + n * 8 + lane % 4 * 2) / 2;
-          p_tile.template as<uint32_t>()[at] = p_left[n][i];
+          p_tile.template as<uint32_t>()[at] = p_left[i];
           ds_tile.template as<uint32_t>()[at] = ds_left[n][i];
         }
       }

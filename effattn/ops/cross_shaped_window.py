@@ -361,9 +361,9 @@ def _attend(
 
 
 def _beyond_cuda(tensors, windows, overlap, shift, bias_table) -> str:
-    if shift != (0, 0) or bias_table is not None:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return "the CUDA kernels of windows have no backward with a shift or a bias table"
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and (shift != (0, 0) or bias_table is not None):
+        return "the CUDA kernels of windows have no backward with a shift or a bias table"
     if overlap != (0, 0):
         return "the CUDA kernels of windows have no overlap"
     if any(height * width > CUDA_SLOTS for height, width in windows):
