@@ -1,8 +1,8 @@
 // Gradients of attention in windows: the formulas and who owns what are in the headers.
 //
-//   windows of at most 64 slots   tile_gradient_kernel: all in one pass _gradient_tile.h others delta_kernel, then
-//   stream_gradient_kernel for keys and for queries     _gradient_stream.h LePE's weight and bias        sums of blocks
-//   in the kernels that have dV, added in order             _gradient_lepe.h
+// Windows of at most 64 slots: tile_gradient_kernel, all in one pass (_gradient_tile.h). Others: delta_kernel, then
+// stream_gradient_kernel for keys and for queries (_gradient_stream.h). LePE's weight and bias: sums of blocks in the
+// kernels that have dV, added in order (_gradient_lepe.h).
 #include "cross_shaped_window_gradient_stream.h"
 
 namespace effattn::cuda {
