@@ -103,7 +103,7 @@ def test_windows_of_any_number_of_slots(backend, grid, width, slots):
 @CUDA
 @pytest.mark.parametrize("lepe", [None, "weight"])
 def test_a_window_that_does_not_fit_shared_memory_is_streamed(backend, lepe):
-    """At head_dim 64 from 145 slots on."""
+    """At head_dim 64 from 137 slots on."""
     check(
         "stripe_attention",
         (1, 1, 150, 64),

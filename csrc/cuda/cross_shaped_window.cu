@@ -3,7 +3,7 @@
 //   Z = scale Q K^T + bias[h, key - query] + mask      P = softmax(Z)      O = P V + LePE(V)
 //   LePE(V)[p] = lepe_bias + sum over 3 x 3 taps t of w[t] V[p + t], p + t in the window of p
 //
-// A warp has 16 queries: its rows of Q, 16 x 64 scores, statistics and 16 x D of O are in registers; keys and values of
+// A warp has 16 queries: its rows of Q, 16 x 32 scores, statistics and 16 x D of O are in registers; keys and values of
 // its window are in shared memory, all of them where they fit in kResidentBytes, else 64 at a time in two stages.
 // Scores and weights are computed for the keys rounded up to 8, products have D rounded up to 8: with 49 keys and D =
 // 24 a window is 64 x 56 x 24, where tiles of powers of two make it 64 x 64 x 32. P is rounded to the input's type, its
@@ -21,6 +21,7 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f, kApart = -100.0f * kLog2E;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kKeyBlocks = 4, kKeyTile = 8 * kKeyBlocks;  // scores in registers
+constexpr int kStreamed = 2 * kKeyTile;                   // keys of a stage, where not all are resident
 constexpr int64_t kResidentBytes = 40 * 1024;
 
 template <class T>
@@ -191,7 +192,7 @@ EFFATTN_DEVICE void add_lepe(float (&output)[D / 8][4], const Slots<kRich>& slot
     }
 }
 
-// So many that 24 warps fit a multiprocessor, or 20, or 16: none spills (tests/test_cuda_compile.py).
+// 24, 20 or 16 warps to a multiprocessor. A bound on threads could not say 96, since blocks have up to 256.
 template <int D, bool kRich>
 constexpr int kRegisters = D <= 24 && !kRich ? 80
                            : D <= 32         ? 96
@@ -353,7 +354,7 @@ void forward(const WindowAttention& arguments, cudaStream_t stream) {
     const WindowShare& share = a.grid.share[i];
     const int64_t keys = ceil_div(half.slots(), 8) * 8, row = kPitchOf<D> * sizeof(T);
     const bool resident = 2 * keys * row <= kResidentBytes;
-    a.tile[i] = resident ? static_cast<int>(keys) : kKeyTile;
+    a.tile[i] = resident ? static_cast<int>(keys) : kStreamed;
     a.stages[i] = static_cast<int>(ceil_div(half.slots(), a.tile[i]));
     const size_t held = static_cast<size_t>(share.teams) * (resident ? 1 : 2) * a.tile[i];
     const size_t here =

@@ -15,10 +15,10 @@
 
 namespace effattn::cuda {
 
-inline constexpr int kWarpRows = 16;    // of a matrix instruction
-inline constexpr int kWindowWarps = 8;  // at most in a block
-inline constexpr int64_t kMostSlots = 1 << 28;
-inline constexpr int kSmallWindow = 64;  // slots, up to which teams share a block
+inline constexpr int kWarpRows = 16;            // of a matrix instruction
+inline constexpr int kWindowWarps = 8;          // at most in a block
+inline constexpr int64_t kMostSlots = 1 << 27;  // four times a place in the bias table is an int
+inline constexpr int kSmallWindow = 64;         // slots, up to which teams share a block
 
 // Division of 0 .. 2^31 - 1 without a division.
 struct Divisor {
@@ -88,7 +88,7 @@ inline WindowGeometry geometry_of(const WindowAttention& a) {
     half.rows = static_cast<int>(ceil_div(a.grid_h, half.height));
     half.columns = static_cast<int>(ceil_div(a.grid_w, half.width));
     if (a.window_h[i] * a.window_w[i] > kMostSlots)
-      throw std::invalid_argument("window attention: more than 2^28 tokens in a window");
+      throw std::invalid_argument("window attention: more than 2^27 tokens in a window");
     half.top = static_cast<int>((int64_t{half.rows} * half.height - a.grid_h) / 2);
     half.left = static_cast<int>((int64_t{half.columns} * half.width - a.grid_w) / 2);
     half.by_width = divisor_of(half.width);

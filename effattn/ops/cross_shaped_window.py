@@ -54,8 +54,7 @@ of their own window. lepe_weight: (H, 9, D), lepe_bias: (H, D). All contiguous f
 """
 
 CUDA_HEAD_DIM = 64
-CUDA_SLOTS = 1 << 16
-"""The largest head_dim, and the most tokens of a window, that the CUDA kernels take."""
+"""The largest head_dim that the CUDA kernels take."""
 
 
 def _cuda(problem: Problem) -> tuple[bool, str]:
@@ -342,7 +341,7 @@ def _attend(
         _check_divides(op, grid, windows)
     _check_lepe(op, query, *lepe)
     query, key, value = _checks.autocast(query, key, value)
-    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), windows, overlap, shift, bias[0])
+    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), shift, overlap, bias[0])
     problem = Problem(query.device.type, query.dtype, query.shape[3], dropout_p, beyond_cuda=beyond_cuda)
     backend = choose(op, backend, problem)
     if backend == "reference":
@@ -360,14 +359,12 @@ def _attend(
     )
 
 
-def _beyond_cuda(tensors, windows, overlap, shift, bias_table) -> str:
+def _beyond_cuda(tensors, shift, overlap, bias_table) -> str:
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if trains and (shift != (0, 0) or bias_table is not None):
         return "the CUDA kernels of windows have no backward with a shift or a bias table"
     if overlap != (0, 0):
         return "the CUDA kernels of windows have no overlap"
-    if any(height * width > CUDA_SLOTS for height, width in windows):
-        return f"the CUDA kernels of windows take up to {CUDA_SLOTS} tokens a window"
     return ""
 
 

@@ -7,7 +7,7 @@ namespace {
 
 using effattn::cuda::WindowAttention;
 
-constexpr int64_t kMaxHeadDim = 64, kMostSlots = 1 << 16;
+constexpr int64_t kMaxHeadDim = 64, kMostSlots = 1 << 27;
 
 Tensor tokens_of(const Device& device, const TorchTensor& tensor, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must be (B, H, N, D)");
