@@ -67,7 +67,7 @@ def largest_head_dim(backend: _registry.Backend, device: str) -> str:
     """The largest head_dim that the predicate takes (0 if none), by bisection: what it takes, it takes from 1 up."""
 
     def served(head_dim: int) -> bool:
-        return backend.predicate(Problem(device, torch.float32, head_dim))[0]
+        return any(backend.predicate(Problem(device, dtype, head_dim))[0] for dtype in DTYPES)
 
     if served(BEYOND_ANY_MODEL):
         return "any"
@@ -86,12 +86,13 @@ def operator_section(op: str) -> list[str]:
     backends = _registry._table[op]
     for backend in backends:
         for device in DEVICES:
-            if not backend.predicate(Problem(device, torch.float32, 64))[0]:
+            served = [dtype for dtype in DTYPES if backend.predicate(Problem(device, dtype, 64))[0]]
+            if not served:
                 continue
-            cells = ["yes" if backend.predicate(Problem(device, dtype, 64))[0] else "no" for dtype in DTYPES]
+            cells = ["yes" if dtype in served else "no" for dtype in DTYPES]
             dropout, head_dim = "-", "any size"
             if "dropout_p" in takes:
-                dropout = "yes" if backend.predicate(Problem(device, torch.float32, 64, 0.1))[0] else "no"
+                dropout = "yes" if backend.predicate(Problem(device, served[0], 64, 0.1))[0] else "no"
             if "query" in takes or "head_dim" in takes:
                 head_dim = largest_head_dim(backend, device)
             row = [f"`{backend.name}`", device, *cells, head_dim, dropout]

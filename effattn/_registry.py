@@ -38,6 +38,7 @@ class Problem(NamedTuple):
     work: int = -1  # multiply-adds of the score matrix, likewise
     chunk_size: int = 0  # tokens per chunk that the call asks for, 0: the backend's choice
     method: str = "auto"  # of the exact methods of an operator, the one that the call asks for
+    beyond_cuda: str = ""  # a feature of this call that the operator's CUDA kernels do not serve, in words
 
 
 class Verdict(NamedTuple):

@@ -10,6 +10,7 @@ from conformance import (
     CASES,
     ELSEWHERE,
     LAYOUTS,
+    SIXTEEN_BITS_ONLY,
     GuardedAllocations,
     Placed,
     RecordedCalls,
@@ -95,7 +96,15 @@ def changes(case, shape: Shape) -> bool:
 
 def test_every_registered_operator_has_an_entry():
     assert set(CASES) | set(ELSEWHERE) == set(_registry.operators())
-    assert all((Path(__file__).parent / name).exists() for name in ELSEWHERE.values())
+    assert all((Path(__file__).parent / name).exists() for name in (*ELSEWHERE.values(), *SIXTEEN_BITS_ONLY.values()))
+
+
+def test_backends_that_are_said_to_take_no_float32_take_none():
+    for name, op in SIXTEEN_BITS_ONLY:
+        predicate = next(b.predicate for b in _registry._table[op] if b.name == name)
+        ok, reason = predicate(_registry.Problem(device_of(name), torch.float32, 16))
+        assert not ok
+        assert "bfloat16 and float16" in reason
 
 
 def test_every_operator_ends_at_the_reference():

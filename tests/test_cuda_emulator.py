@@ -240,13 +240,16 @@ def scatter(fragment, rows, columns, shape):
     return matrix
 
 
-def test_sixteen_bit_mma():
+@pytest.mark.parametrize("depth", [16, 8])
+def test_sixteen_bit_mma(depth):
     i, j, c = np.arange(8), np.arange(4), np.arange(4)
-    for kind, dtype in enumerate((torch.bfloat16, torch.float16)):
+    for kind, dtype in ((0 if depth == 16 else 3, torch.bfloat16), (1 if depth == 16 else 4, torch.float16)):
         a, b = torch.randn(32, 8).to(dtype), torch.randn(32, 4).to(dtype)
         d = torch.randn(32, 4)
         added = d.numpy().copy()
         call("mma", kind, a, b, d)
+        if depth == 8:  # half of the registers
+            a[:, 4:], b[:, 2:] = 0, 0
         left = scatter(a.double().numpy(), GROUP + 8 * (i // 2 % 2), 2 * MEMBER + i % 2 + 8 * (i >= 4), (16, 16))
         right = scatter(b.double().numpy(), 2 * MEMBER + j % 2 + 8 * (j >= 2), GROUP + 0 * j, (16, 8))
         place = (GROUP + 8 * (c >= 2), 2 * MEMBER + c % 2)

@@ -124,6 +124,33 @@ struct HammingAttentionGradient {
 int64_t hamming_attention_gradient_workspace(const HammingAttentionGradient& arguments);
 void hamming_attention_gradient(const HammingAttentionGradient& arguments, void* workspace, void* stream);
 
+// ---- Attention inside the windows of a token grid -------------------------------------------------------------------
+
+// As effattn/ops/cross_shaped_window.py says of `window`, without prefix tokens, overlap and a bias that weighs.
+struct WindowAttention {
+  Tensor query, key, value;  // (B, H, grid_h grid_w, D), any strides, bfloat16 or float16, D <= 64
+  int64_t grid_h, grid_w;
+  int64_t window_h[2], window_w[2];  // of heads 0 .. H / 2 - 1, and of the others
+  int64_t shift_h, shift_w;          // only where both are the same
+  bool mask_padding;                 // zeros around the grid take no part
+  float scale;
+  const float* bias;         // (H, 2 window_h - 1, 2 window_w - 1) contiguous, key minus query; or null
+  const float* lepe_weight;  // (H, 9, D) contiguous, or null
+  const float* lepe_bias;    // (H, D) contiguous, or null
+  Tensor output;             // as query
+  float* logsumexp;          // (B, H, N) contiguous, of scores with bias and mask
+};
+void window_attention(const WindowAttention& arguments, void* stream);
+
+struct WindowAttentionGradient {
+  WindowAttention of;  // with output and logsumexp of the forward pass
+  Tensor grad_output;  // (B, H, N, D), any strides
+  Tensor grad_query, grad_key, grad_value;
+  float *grad_bias, *grad_lepe_weight, *grad_lepe_bias;  // as bias, lepe_weight, lepe_bias; null where those are
+};
+int64_t window_attention_gradient_workspace(const WindowAttentionGradient& arguments);
+void window_attention_gradient(const WindowAttentionGradient& arguments, void* workspace, void* stream);
+
 // ---- Retention
 // -------------------------------------------------------------------------------------------------------------
 

@@ -207,6 +207,13 @@ EFFATTN_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selec
   return __byte_perm(low, high, selector);
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed again, not kept in registers.
+EFFATTN_DEVICE int opaque(int value) {
+  int result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+
 EFFATTN_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 EFFATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -291,6 +298,7 @@ EFFATTN_DEVICE void cp_async_wait() {
 //   m16n8k16   a[0] (g, 2t..)  a[1] (g + 8, 2t..)  a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..): two elements each, A is
 //              16 x 16;  b[0] (k = 2t.., n = g)  b[1] (k = 2t + 8.., n = g), B is 16 x 8;
 //              d[0] (g, 2t)  d[1] (g, 2t + 1)  d[2] (g + 8, 2t)  d[3] (g + 8, 2t + 1), D is 16 x 8.
+//   m16n8k8    the same without the upper half of the depth: a[0], a[1] and b[0].
 //   m16n8k32   of bytes: the same registers with four elements each, 4t.. and 4t + 16.. in place of 2t.. and 2t + 8..
 
 template <class T>
@@ -340,6 +348,21 @@ EFFATTN_DEVICE void mma_m16n8k16<float16>(float (&d)[4], const uint32_t (&a)[4],
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <class T>
+EFFATTN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]);
+template <>
+EFFATTN_DEVICE void mma_m16n8k8<bfloat16>(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+template <>
+EFFATTN_DEVICE void mma_m16n8k8<float16>(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
 // d += a b, signed bytes accumulated in int32.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks, reference
 from .._library import Operator
-from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, register, triton_kernel
+from .._registry import REFERENCE, Backend, Problem, choose, cpu_kernel, cuda_kernel, register, triton_kernel
 from ..reference.cross_shaped_window import stripe_window
 
 PADDING = ("error", "zero_key", "mask")
@@ -52,7 +53,21 @@ bias: (H, rows, columns) with rows = 2 window_h + 2 overlap_h - 1, columns alike
 of their own window. lepe_weight: (H, 9, D), lepe_bias: (H, D). All contiguous float32.
 """
 
-_BACKENDS = (Backend("cpu", cpu_kernel), Backend("triton", triton_kernel), REFERENCE)
+CUDA_HEAD_DIM = 64
+"""The largest head_dim that the CUDA kernels take."""
+
+
+def _cuda(problem: Problem) -> tuple[bool, str]:
+    if problem.dtype == torch.float32:
+        return False, "the CUDA kernels of windows take bfloat16 and float16"
+    if problem.head_dim > CUDA_HEAD_DIM:
+        return False, f"the CUDA kernels of windows take head_dim up to {CUDA_HEAD_DIM}, got {problem.head_dim}"
+    if problem.beyond_cuda:
+        return False, problem.beyond_cuda
+    return cuda_kernel(problem)
+
+
+_BACKENDS = (Backend("cpu", cpu_kernel), Backend("triton", triton_kernel), Backend("cuda", _cuda), REFERENCE)
 for _name in ("cross_shaped_window_attention", "stripe_attention", "window_attention"):
     register(_name, _BACKENDS)
 
@@ -92,7 +107,7 @@ def cross_shaped_window_attention(
             segmentation code; "mask": they do not take part.
         scale: factor s of the scores; default D ** -0.5.
         dropout_p: probability of zeroing an attention weight. Above 0 the reference serves the call.
-        backend: "auto", "triton", "cpu" or "reference"; an explicit backend never falls back.
+        backend: "auto", "triton", "cuda", "cpu" or "reference"; an explicit backend never falls back.
 
     Returns:
         Tensor: (B, H, h*w, D), query's dtype. Differentiable in query, key, value, lepe_weight and lepe_bias.
@@ -232,7 +247,7 @@ def window_attention(
             grid (the smaller half at the top and left) take part in the softmax; "mask": they do not.
         scale: factor s of the scores; default D ** -0.5.
         dropout_p: probability of zeroing an attention weight. Above 0 the reference serves the call.
-        backend: "auto", "triton", "cpu" or "reference"; an explicit backend never falls back.
+        backend: "auto", "triton", "cuda", "cpu" or "reference"; an explicit backend never falls back.
 
     Returns:
         Tensor: (B, H, h*w, D), query's dtype. Differentiable in query, key, value, bias_table, lepe_weight and
@@ -326,7 +341,9 @@ def _attend(
         _check_divides(op, grid, windows)
     _check_lepe(op, query, *lepe)
     query, key, value = _checks.autocast(query, key, value)
-    backend = choose(op, backend, Problem(query.device.type, query.dtype, query.shape[3], dropout_p))
+    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), shift, overlap, bias[0])
+    problem = Problem(query.device.type, query.dtype, query.shape[3], dropout_p, beyond_cuda=beyond_cuda)
+    backend = choose(op, backend, problem)
     if backend == "reference":
         return specification(
             *(query, key, value),
@@ -340,6 +357,15 @@ def _attend(
         *(backend, query, key, value, _relative_bias(*bias, windows[0], overlap), *_taps(query, *lepe)),
         *(*grid, *windows[0], *windows[1], *shift, *overlap, 0, padding == "mask", False, scale),
     )
+
+
+def _beyond_cuda(tensors, shift, overlap, bias_table) -> str:
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and (shift != (0, 0) or bias_table is not None):
+        return "the CUDA kernels of windows have no backward with a shift or a bias table"
+    if overlap != (0, 0):
+        return "the CUDA kernels of windows have no overlap"
+    return ""
 
 
 def _check_divides(op: str, grid, windows) -> None:

@@ -6,6 +6,7 @@ A new operator gets all of it by one entry in ``cases.CASES`` and its float64 fo
 from .cases import (
     CASES,
     ELSEWHERE,
+    SIXTEEN_BITS_ONLY,
     UNEVEN,
     Case,
     Shape,
@@ -26,6 +27,7 @@ __all__ = [
     "CASES",
     "ELSEWHERE",
     "LAYOUTS",
+    "SIXTEEN_BITS_ONLY",
     "UNEVEN",
     "Case",
     "GuardedAllocations",

@@ -143,6 +143,8 @@ inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
+inline int opaque(int value) { return value; }
+
 inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
@@ -226,12 +228,12 @@ void ldmatrix(uint32_t (&r)[Matrices], SharedArray<T> tile, int row, const char*
   }
 }
 
-// d += a b for an A of 16 x (32 / sizeof(Element)); `Element` of a register i is i elements up from its low end.
-template <class Fragment, class Accumulator, class Product>
-void mma(Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* name, Where where,
+// d += a b, the depth in `Parts` of four registers' elements: m16n8k8 has one, the others two.
+template <int Parts, class Accumulator, class Product>
+void mma(Accumulator (&d)[4], const uint32_t (&a)[2 * Parts], const uint32_t (&b)[Parts], const char* name, Where where,
     Product product) {
   struct Operands {
-    uint32_t a[4], b[2];
+    uint32_t a[2 * Parts], b[Parts];
   };
   Operands mine;
   memcpy(mine.a, a, sizeof(a));
@@ -241,9 +243,9 @@ void mma(Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], co
   for (int i = 0; i < 4; ++i) {
     const int n = 2 * t + i % 2, upper = i / 2;  // d[i] is row g + 8 * upper, column n
     Accumulator sum = d[i];
-    for (int half = 0; half < 2; ++half)
+    for (int part = 0; part < Parts; ++part)
       for (int quad = 0; quad < 4; ++quad)
-        sum = product(sum, lanes[4 * g + quad].a[2 * half + upper], lanes[4 * n + quad].b[half]);
+        sum = product(sum, lanes[4 * g + quad].a[2 * part + upper], lanes[4 * n + quad].b[part]);
     d[i] = sum;
   }
 }
@@ -268,17 +270,22 @@ void ldmatrix_x2_trans(uint32_t (&r)[2], SharedArray<T> tile, int row, Where whe
 }
 
 template <class T>
+float multiply_add2(float sum, uint32_t x, uint32_t y) {
+  for (int shift = 0; shift < 32; shift += 16)
+    sum += to_float(T{static_cast<uint16_t>(x >> shift)}) * to_float(T{static_cast<uint16_t>(y >> shift)});
+  return sum;
+}
+template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
-  emulator::mma<T>(d, a, b, "mma_m16n8k16", where, [](float sum, uint32_t x, uint32_t y) {
-    for (int shift = 0; shift < 32; shift += 16)
-      sum += to_float(T{static_cast<uint16_t>(x >> shift)}) * to_float(T{static_cast<uint16_t>(y >> shift)});
-    return sum;
-  });
+  emulator::mma<2>(d, a, b, "mma_m16n8k16", where, multiply_add2<T>);
+}
+template <class T>
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], Where where = Where::current()) {
+  emulator::mma<1>(d, a, b, "mma_m16n8k8", where, multiply_add2<T>);
 }
 inline void mma_m16n8k32(
     int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
-  emulator::mma<int8_t>(
-      d, a, b, "mma_m16n8k32", where, [](int32_t sum, uint32_t x, uint32_t y) { return dp4a(x, y, sum); });
+  emulator::mma<2>(d, a, b, "mma_m16n8k32", where, [](int32_t sum, uint32_t x, uint32_t y) { return dp4a(x, y, sum); });
 }
 
 }  // namespace effattn::cuda

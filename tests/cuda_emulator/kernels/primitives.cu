@@ -25,8 +25,8 @@ EXPORTED const char* effattn_ldmatrix(int matrices, bool transposed, const uint1
   return message_of([=] { launch(kernel, 1, 32, shared_bytes<uint16_t>(256), nullptr, tile, out); });
 }
 
-// Lane l brings a[4 l..], b[2 l..] and d[4 l..], and gets d[4 l..].
-template <class T, class Accumulator>
+// Lane l brings a[4 l..], b[2 l..] and d[4 l..], and gets d[4 l..]; m16n8k8 leaves the upper halves of a and b.
+template <class T, class Accumulator, bool kEight = false>
 __global__ void __launch_bounds__(32) mma(const uint32_t* a, const uint32_t* b, Accumulator* d) {
   const int lane = lane_index();
   const auto x = load_global<4>(a + 4 * lane);
@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(32) mma(const uint32_t* a, const uint32_t* b, 
   auto sum = load_global<4>(d + 4 * lane);
   if constexpr (sizeof(T) == 1)
     mma_m16n8k32(sum.value, x.value, y.value);
+  else if constexpr (kEight)
+    mma_m16n8k8<T>(sum.value, {x[0], x[1]}, {y[0]});
   else
     mma_m16n8k16<T>(sum.value, x.value, y.value);
   store_global(d + 4 * lane, sum);
@@ -45,6 +47,8 @@ EXPORTED const char* effattn_mma(int type, const uint32_t* a, const uint32_t* b,
     if (type == 0) launch(mma<bfloat16, float>, one, warp, 0, nullptr, a, b, static_cast<float*>(d));
     if (type == 1) launch(mma<float16, float>, one, warp, 0, nullptr, a, b, static_cast<float*>(d));
     if (type == 2) launch(mma<int8_t, int32_t>, one, warp, 0, nullptr, a, b, static_cast<int32_t*>(d));
+    if (type == 3) launch(mma<bfloat16, float, true>, one, warp, 0, nullptr, a, b, static_cast<float*>(d));
+    if (type == 4) launch(mma<float16, float, true>, one, warp, 0, nullptr, a, b, static_cast<float*>(d));
   });
 }
 
