@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _native, _registry, _tuning
+from . import _driver, _native, _registry, _tuning
 from ._version import __version__
 
 OLDEST_TORCH = (2, 10)
@@ -44,12 +44,29 @@ def info() -> int:
 
 def doctor() -> int:
     """Print each thing that is wrong with the exact command that fixes it; 0 if nothing is."""
-    problems = [*_torch_problems(), *_library_problems(), *_gpu_problems(), *_environment_problems(), *_wrong_results()]
-    for what, remedy in problems:
-        print(f"problem: {what}\n    fix: {remedy}")
+    problems = [*_installation_problems(), *_wrong_results()]
+    _print_problems(problems)
     if not problems:
         print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}")
     return 1 if problems else 0
+
+
+def doctor_gpu(seconds: float, report: Path | None) -> int:
+    """Check every GPU of this node and print a line for each; 0 if all is well, 2 if there is none, else 1."""
+    from . import _node
+
+    problems = _installation_problems()
+    _print_problems(problems)
+    return _node.check_node(seconds, report, [what for what, _ in problems])
+
+
+def _installation_problems() -> list[tuple[str, str]]:
+    return [*_torch_problems(), *_library_problems(), *_driver_problems(), *_gpu_problems(), *_environment_problems()]
+
+
+def _print_problems(problems: list[tuple[str, str]]) -> None:
+    for what, remedy in problems:
+        print(f"problem: {what}\n    fix: {remedy}")
 
 
 def _version_of(package: str) -> str:
@@ -97,6 +114,30 @@ def _library_problems():
     if missing and missing != ["ninja"]:
         before += "apt-get install -y g++ && "
     yield _native.problem, before + _rebuild()
+
+
+def _driver_problems():
+    """A driver older than torch or the CUDA kernels need, and GPUs that the kernels have no code for."""
+    if not torch.version.cuda:
+        return
+    driver, build = _driver.driver(), _driver.build() or _asked_of_the_library()
+    if driver is None:
+        return  # a machine without GPUs
+    torch_toolkit = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    for what, toolkit in ((f"torch {torch.__version__}", torch_toolkit), ("effattn/_cuda.so", build and build.toolkit)):
+        why = toolkit and _driver.driver_problem(driver, toolkit, what)
+        if why:
+            yield why, _driver.driver_remedy(driver, toolkit)
+    if build and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        yield from _driver.gpu_problems([(gpu.name, (gpu.major, gpu.minor)) for gpu in gpus], build, driver)
+
+
+def _asked_of_the_library() -> _driver.Build | None:
+    if not _native.cuda_loaded:
+        return None
+    version = torch.ops.effattn.cuda_toolkit()
+    return _driver.Build((version // 1000, version % 1000 // 10), ())
 
 
 def _gpu_problems():
