@@ -120,9 +120,10 @@ def _driver_problems():
     """A driver older than torch or the CUDA kernels need, and GPUs that the kernels have no code for."""
     if not torch.version.cuda:
         return
-    driver, build = _driver.driver(), _driver.build() or _asked_of_the_library()
+    driver = _driver.driver()
     if driver is None:
         return  # a machine without GPUs
+    build = _driver.build() or _asked_of_the_library()
     torch_toolkit = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
     for what, toolkit in ((f"torch {torch.__version__}", torch_toolkit), ("effattn/_cuda.so", build and build.toolkit)):
         why = toolkit and _driver.driver_problem(driver, toolkit, what)

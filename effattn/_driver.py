@@ -83,10 +83,17 @@ def build(path: Path = BUILD) -> Build | None:
     """What the CUDA library was built with, None where the build left no account."""
     try:
         cuda = json.loads(path.read_text())["cuda"]
-        major, minor = re.search(r"(\d+)\.(\d+)", cuda["toolkit"]).groups()
-        return Build((int(major), int(minor)), tuple(cuda["architectures"]))
+        major, minor = re.search(r"(\d+)\.(\d+)", cuda["compiler"]).groups()  # nvcc 13.0.88
+        names = [name for entry in cuda["architectures"] for name in _names(entry)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return Build((int(major), int(minor)), tuple(names))
+
+
+def _names(entry: str) -> list[str]:
+    """80+PTX -> sm_80, compute_80."""
+    number, _, ptx = entry.partition("+")
+    return [f"sm_{number}", f"compute_{number}"] if ptx else [f"sm_{number}"]
 
 
 def driver_problem(driver: Driver | None, toolkit: tuple[int, int], what: str) -> str:

@@ -148,11 +148,11 @@ def test_gpus_of_a_kind_are_told_of_once():
 def test_what_a_library_was_built_with_is_read_from_its_account(tmp_path):
     account = tmp_path / "_build.json"
     assert _driver.build(account) is None
-    for broken in ("", "[]", "{}", '{"cuda": null}', '{"cuda": {"toolkit": "new", "architectures": []}}'):
+    for broken in ("", "[]", "{}", '{"cuda": null}', '{"cuda": {"compiler": "new", "architectures": []}}'):
         account.write_text(broken)
         assert _driver.build(account) is None
-    account.write_text(json.dumps({"cuda": {"toolkit": "12.9.86", "architectures": ["sm_80", "compute_80"]}}))
-    assert _driver.build(account) == Build((12, 9), ("sm_80", "compute_80"))
+    account.write_text(json.dumps({"cuda": {"compiler": "nvcc 12.9.86", "architectures": ["80+PTX", "90a"]}}))
+    assert _driver.build(account) == Build((12, 9), ("sm_80", "compute_80", "sm_90a"))
 
 
 def test_doctor_names_the_driver_that_torch_and_the_library_need(machine, monkeypatch, capsys):
