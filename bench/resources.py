@@ -1,6 +1,6 @@
 """The page of GPU resources: registers, spills, shared memory and occupancy of every kernel, and what tiles waste.
 
-    python -m effattn.bench.resources [--output docs/gpu_resources.md]
+    python -m effattn.bench.resources [--output docs/gpu_resources.md] [--kept]
 
 Everything is read from binaries that compilers made for sm_80 and sm_90a; nothing is timed, and no GPU is needed.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .resources_compile import CHIPS, ROOT, TRITON_CASES, Kernel, cuda_kernels, nvcc, triton_kernels
+from .resources_compile import CHIPS, ROOT, TRITON_CASES, Kernel, cuda_kernels, family_of, nvcc, triton_kernels
 
 
 class Chip(NamedTuple):
@@ -163,14 +163,18 @@ warp-group instructions needs few warps), but it leaves little to hide latency w
 """
 
 
-def page(cuda: list[Kernel], triton: list[Kernel]) -> str:
-    """The whole page."""
-    lines = [HEAD, *_waste_tables(), *_ranking(triton, {kernel.family for kernel in cuda})]
+def page(cuda: list[Kernel], triton: list[Kernel], missing: Iterable[str] = ()) -> str:
+    """The whole page; ``missing`` was not compiled, and the page says so."""
+    with_cuda = {family_of(path.stem) for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    lines = [HEAD, *waste_tables(), *_ranking(triton, with_cuda)]
+    if missing:
+        lines += [f"**Not compiled yet**, so not in what follows: {', '.join(missing)}.", ""]
     lines += _triton_tables(triton) + _cuda_tables(cuda)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _waste_tables() -> list[str]:
+def waste_tables() -> list[str]:
+    """The section that needs no compiler."""
     lines = [
         "## What tiles waste",
         "",
@@ -283,10 +287,13 @@ def main() -> int:
         prog="python -m effattn.bench.resources", description="Write the page of GPU resources."
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu_resources.md")
+    parser.add_argument("--kept", action="store_true", help="compile nothing: the page names what is missing")
     options = parser.parse_args()
-    if nvcc() is None:
+    if nvcc() is None and not options.kept:
         parser.error("no nvcc on PATH or in CUDA_HOME")
-    text = page(list(cuda_kernels()), list(triton_kernels()))
+    missing: list[str] = []
+    kernels = (list(of(options.kept, missing)) for of in (cuda_kernels, triton_kernels))
+    text = page(*kernels, missing)
     write_atomically(options.output, lambda name: Path(name).write_text(text))
     print(f"{options.output}: {text.count(chr(10))} lines")
     return 0

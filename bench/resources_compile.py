@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,16 +73,27 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
 
 
-def cuda_kernels() -> Iterator[Kernel]:
-    """Every instance of every kernel in csrc/cuda, on every chip of CHIPS."""
+class Missing(Exception):
+    """Nothing is kept of it, and nothing was to be compiled."""
+
+
+def cuda_kernels(kept_only: bool = False, missing: list[str] | None = None) -> Iterator[Kernel]:
+    """Every instance of every kernel in csrc/cuda, on every chip of CHIPS.
+
+    Args:
+        kept_only: compile nothing.
+        missing: receives the name of what was not compiled therefore.
+    """
     folder = ROOT / "csrc" / "cuda"
     headers = [*folder.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     for source in sorted(folder.glob("*.cu")):
         for chip, number in CHIPS.items():
-            for found in _kept(
-                f"cuda-{source.stem}-{chip}", [source, *headers], lambda s=source, n=number: _nvcc(s, n)
-            ):
-                yield Kernel(family_of(source.stem), chip=chip, **found)
+            compile_ = None if kept_only else lambda s=source, n=number: _nvcc(s, n)
+            try:
+                for found in _kept(f"cuda-{source.stem}-{chip}", [source, *headers], compile_):
+                    yield Kernel(family_of(source.stem), chip=chip, **found)
+            except Missing:
+                missing.append(f"{source.name} for {chip}")
 
 
 def family_of(stem: str) -> str:
@@ -156,15 +167,19 @@ def _plainly_named(kernels: list[dict]) -> list[dict]:
     return kernels
 
 
-def triton_kernels(families: Iterable[str] = TRITON_CASES, dtype: str = "bfloat16") -> Iterator[Kernel]:
+def triton_kernels(kept_only: bool = False, missing: list[str] | None = None) -> Iterator[Kernel]:
     """The kernels that a forward and backward call of each case of TRITON_CASES starts, on every chip of CHIPS."""
     script = ROOT / "tests" / "triton_compiler.py"
     sources = [script, *(ROOT / "triton_kernels").glob("*.py")]
-    for family in families:
-        for operation, sizes in TRITON_CASES[family].items():
-            cases = [(operation, chip, dtype, size, None) for chip in CHIPS for size in sizes]
-            for found in _kept(f"triton-{operation}-{dtype}", sources, lambda c=cases: _triton(script, c)):
-                yield triton_kernel(family, found)
+    for family, operations in TRITON_CASES.items():
+        for operation, sizes in operations.items():
+            cases = [(operation, chip, "bfloat16", size, None) for chip in CHIPS for size in sizes]
+            compile_ = None if kept_only else lambda c=cases: _triton(script, c)
+            try:
+                for found in _kept(f"triton-{operation}-bfloat16", sources, compile_):
+                    yield triton_kernel(family, found)
+            except Missing:
+                missing.append(operation)
 
 
 def triton_kernel(family: str, found: dict) -> Kernel:
@@ -188,7 +203,7 @@ def _triton(script: Path, cases: list[tuple]) -> list[dict]:
         return json.loads(found.read_text())
 
 
-def _kept(name: str, sources: list[Path], compile_: Callable[[], list[dict]]) -> list[dict]:
+def _kept(name: str, sources: list[Path], compile_: Callable[[], list[dict]] | None) -> list[dict]:
     """What ``compile_`` returned when the sources were last as they are now."""
     from effattn._files import write_atomically
 
@@ -197,6 +212,8 @@ def _kept(name: str, sources: list[Path], compile_: Callable[[], list[dict]]) ->
         digest.update(path.read_bytes())
     kept = BUILD / f"{name}.{digest.hexdigest()[:16]}.json"
     if not kept.exists():
+        if compile_ is None:
+            raise Missing(name)
         found = compile_()
         for older in BUILD.glob(f"{name}.*.json"):
             older.unlink(missing_ok=True)

@@ -87,6 +87,21 @@ def test_a_page_shows_both_chips_and_ranges_of_instances():
     assert "| 49 | " in text
 
 
+def test_the_committed_page_has_todays_tables_of_waste():
+    committed = (resources_compile.ROOT / "docs" / "gpu_resources.md").read_text()
+    assert "\n".join(resources.waste_tables()) in committed
+
+
+def test_what_was_not_compiled_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources_compile, "BUILD", tmp_path)
+    missing = []
+    assert list(resources_compile.triton_kernels(True, missing)) == []
+    assert "window_swin_7" in missing
+    assert "**Not compiled yet**, so not in what follows: attention, urpe." in resources.page(
+        [], [], ["attention", "urpe"]
+    )
+
+
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z4scanPf' for 'sm_80'
 ptxas info    : Function properties for _Z4scanPf
