@@ -40,9 +40,9 @@ def test_every_kernel_has_something_to_check(of):
 
 
 def test_right_kernels_agree():
-    found = check("size_weighted_attention", "bipartite_soft_matching")
+    found = check("TokenMerge.merge", "bipartite_soft_matching")
     assert found["failures"] == []
-    assert found["agreed"] == sum(op in serves(b) for b in ("cuda", "triton") for op in ("size_weighted_attention", "bipartite_soft_matching"))  # fmt: skip
+    assert found["agreed"] == sum(op in serves(b) for b in ("cuda", "triton") for op in ("TokenMerge.merge", "bipartite_soft_matching"))  # fmt: skip
 
 
 def test_emulated_kernels_agree():
@@ -62,12 +62,12 @@ def test_a_toeplitz_product_is_checked_with_the_method_that_cuda_has():
 def test_wrong_numbers_are_told_by_operator_backend_dtype_and_tensor(monkeypatch):
     from effattn.bench import accuracy
 
-    (problem,) = [p for p in accuracy.PROBLEMS if p.operator == "size_weighted_attention" and p.small]
+    (problem,) = [p for p in accuracy.PROBLEMS if p.operator == "TokenMerge.merge" and p.small]
     off = problem._replace(call=lambda tensors, backend: problem.call(tensors, backend) * 1.5)
     monkeypatch.setattr(accuracy, "PROBLEMS", (off,))
-    failures = check("size_weighted_attention")["failures"]
-    assert any(f.startswith("size_weighted_attention on triton, float32, output: error ") for f in failures)
-    assert any(f.startswith("size_weighted_attention on triton, bfloat16, grad_query: error ") for f in failures)
+    failures = check("TokenMerge.merge")["failures"]
+    assert any(f.startswith("TokenMerge.merge on triton, float32, output: error ") for f in failures)
+    assert any(f.startswith("TokenMerge.merge on triton, bfloat16, grad_x: error ") for f in failures)
 
 
 def test_wrong_bits_are_counted(monkeypatch):
