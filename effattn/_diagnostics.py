@@ -47,7 +47,7 @@ def doctor() -> int:
     problems = [*_installation_problems(), *_wrong_results()]
     _print_problems(problems)
     if not problems:
-        print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}")
+        print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}{_generations()}")
     return 1 if problems else 0
 
 
@@ -118,14 +118,14 @@ def _library_problems():
 
 def _driver_problems():
     """A driver older than torch or the CUDA kernels need, and GPUs that the kernels have no code for."""
-    if not torch.version.cuda:
-        return
     driver = _driver.driver()
-    if driver is None:
-        return  # a machine without GPUs
-    build = _driver.build() or _asked_of_the_library()
-    torch_toolkit = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
-    for what, toolkit in ((f"torch {torch.__version__}", torch_toolkit), ("effattn/_cuda.so", build and build.toolkit)):
+    if not torch.version.cuda or driver is None:
+        return
+    build = _cuda_build()
+    for what, toolkit in (
+        (f"torch {torch.__version__}", _torch_toolkit()),
+        ("effattn/_cuda.so", build and build.toolkit),
+    ):
         why = toolkit and _driver.driver_problem(driver, toolkit, what)
         if why:
             yield why, _driver.driver_remedy(driver, toolkit)
@@ -134,11 +134,27 @@ def _driver_problems():
         yield from _driver.gpu_problems([(gpu.name, (gpu.major, gpu.minor)) for gpu in gpus], build, driver)
 
 
-def _asked_of_the_library() -> _driver.Build | None:
-    if not _native.cuda_loaded:
-        return None
-    version = torch.ops.effattn.cuda_toolkit()
-    return _driver.Build((version // 1000, version % 1000 // 10), ())
+def _torch_toolkit() -> tuple[int, int]:
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _cuda_build() -> _driver.Build | None:
+    """What the wheel says of the CUDA library's build, else what the library itself does."""
+    build = _driver.build()
+    if build is None and _native.cuda_loaded and _native.cuda_device == "cuda":
+        version = torch.ops.effattn.cuda_toolkit()
+        build = _driver.Build((version // 1000, version % 1000 // 10), ())
+    return build
+
+
+def _generations() -> str:
+    """A remark where torch and the CUDA kernels are built with CUDA of different generations, which is no problem."""
+    build = _cuda_build() if torch.version.cuda else None
+    if build is None or build.toolkit[0] == _torch_toolkit()[0]:
+        return ""
+    ours = ".".join(map(str, build.toolkit))
+    return f"; torch is built with CUDA {torch.version.cuda}, the kernels with {ours}: each has its own runtime, the driver must serve both"
 
 
 def _gpu_problems():

@@ -117,7 +117,7 @@ def _why_none() -> str:
         return "torch (HIP) sees none"
     if torch.version.cuda is None:
         return "this torch is built without CUDA" + (f", and driver {driver.version} is here" if driver else "")
-    toolkit = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    toolkit = tuple(map(int, torch.version.cuda.split(".")[:2]))
     return _driver.driver_problem(driver, toolkit, f"torch {torch.__version__}") or (
         "torch sees none: CUDA_VISIBLE_DEVICES hides them, or the job was given none (nvidia-smi -L)"
     )

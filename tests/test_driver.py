@@ -171,6 +171,19 @@ def test_doctor_names_the_driver_that_torch_and_the_library_need(machine, monkey
     assert "CUDA=12 make wheel" in said
 
 
+def test_torch_of_another_generation_is_a_remark_and_no_problem(machine, monkeypatch, capsys):
+    machine(proc=OPEN, cuda=13000)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(_driver, "build", lambda: WHEEL)
+    for other in ("_wrong_results", "_library_problems"):
+        monkeypatch.setattr(_diagnostics, other, lambda: [])
+    assert _diagnostics.doctor() == 0
+    assert "torch is built with CUDA 12.8, the kernels with 13.0" in capsys.readouterr().out
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert _diagnostics.doctor() == 0
+    assert "the kernels with" not in capsys.readouterr().out
+
+
 def test_doctor_is_silent_about_drivers_where_there_is_none(machine, monkeypatch, capsys):
     machine()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -182,6 +195,7 @@ def test_doctor_asks_the_library_where_the_build_left_no_account(machine, monkey
     monkeypatch.setattr(torch.version, "cuda", "12.2")
     monkeypatch.setattr(_driver, "build", lambda: None)
     monkeypatch.setattr(_diagnostics._native, "cuda_loaded", True)
+    monkeypatch.setattr(_diagnostics._native, "cuda_device", "cuda")
     library = torch.library.Library("effattn", "FRAGMENT")
     library.define("cuda_toolkit() -> int")
     library.impl("cuda_toolkit", lambda: 13010, "CompositeExplicitAutograd")
