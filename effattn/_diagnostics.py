@@ -44,7 +44,7 @@ def info() -> int:
 
 def doctor() -> int:
     """Print each thing that is wrong with the exact command that fixes it; 0 if nothing is."""
-    problems = [*_installation_problems(), *_wrong_results()]
+    problems = [*_installation_problems(), *_code_problems(), *_wrong_results()]
     _print_problems(problems)
     if not problems:
         print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}{_generations()}")
@@ -55,6 +55,7 @@ def doctor_gpu(seconds: float, report: Path | None) -> int:
     """Check every GPU of this node and print a line for each; 0 if all is well, 2 if there is none, else 1."""
     from . import _node
 
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process must not wait for a GPU that hangs
     problems = _installation_problems()
     _print_problems(problems)
     return _node.check_node(seconds, report, [what for what, _ in problems])
@@ -117,11 +118,11 @@ def _library_problems():
 
 
 def _driver_problems():
-    """A driver older than torch or the CUDA kernels need, and GPUs that the kernels have no code for."""
+    """A driver older than torch or the CUDA kernels need."""
     driver = _driver.driver()
     if not torch.version.cuda or driver is None:
         return
-    build = _cuda_build()
+    build = cuda_build()
     for what, toolkit in (
         (f"torch {torch.__version__}", _torch_toolkit()),
         ("effattn/_cuda.so", build and build.toolkit),
@@ -129,9 +130,15 @@ def _driver_problems():
         why = toolkit and _driver.driver_problem(driver, toolkit, what)
         if why:
             yield why, _driver.driver_remedy(driver, toolkit)
-    if build and torch.cuda.is_available():
+
+
+def _code_problems():
+    """GPUs that the CUDA kernels have no code for."""
+    build = cuda_build() if torch.version.cuda and torch.cuda.is_available() else None
+    if build:
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        yield from _driver.gpu_problems([(gpu.name, (gpu.major, gpu.minor)) for gpu in gpus], build, driver)
+        found = [(gpu.name, (gpu.major, gpu.minor)) for gpu in gpus]
+        yield from _driver.gpu_problems(found, build, _driver.driver())
 
 
 def _torch_toolkit() -> tuple[int, int]:
@@ -139,7 +146,7 @@ def _torch_toolkit() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _cuda_build() -> _driver.Build | None:
+def cuda_build() -> _driver.Build | None:
     """What the wheel says of the CUDA library's build, else what the library itself does."""
     build = _driver.build()
     if build is None and _native.cuda_loaded and _native.cuda_device == "cuda":
@@ -150,7 +157,7 @@ def _cuda_build() -> _driver.Build | None:
 
 def _generations() -> str:
     """A remark where torch and the CUDA kernels are built with CUDA of different generations, which is no problem."""
-    build = _cuda_build() if torch.version.cuda else None
+    build = cuda_build() if torch.version.cuda else None
     if build is None or build.toolkit[0] == _torch_toolkit()[0]:
         return ""
     ours = ".".join(map(str, build.toolkit))

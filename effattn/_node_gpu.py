@@ -20,7 +20,7 @@ from torch import Tensor
 
 import effattn
 
-from . import _registry
+from . import _diagnostics, _driver, _registry
 
 DTYPES = (torch.float32, torch.bfloat16)
 MARGIN = 5.0  # seconds of the deadline that are left for the last check and for Python's end
@@ -40,7 +40,15 @@ def check_gpu(index: int, count: int, part: int, parts: int, seconds: float) -> 
     if part == 0:
         found |= speed(torch.device("cuda", index))
     found |= check_results("cuda", begin + seconds - MARGIN, share(_registry.operators(), index, count, part, parts))
+    found["failures"] += code_problems(gpu.name, (gpu.major, gpu.minor))
     return {**found, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def code_problems(name: str, capability: tuple[int, int]) -> list[str]:
+    """Why the CUDA kernels have no code for such a GPU."""
+    build = _diagnostics.cuda_build() if torch.version.cuda else None
+    found = _driver.gpu_problems([(name, capability)], build, _driver.driver()) if build else ()
+    return [what for what, _ in found]
 
 
 def share(operators: tuple[str, ...], index: int, count: int, part: int, parts: int) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
 
-from effattn import _diagnostics, _driver
+from effattn import _diagnostics, _driver, _node_gpu
 from effattn._driver import Build, Driver
 
 WHEEL = Build((13, 0), ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_80"))
@@ -169,6 +170,39 @@ def test_doctor_names_the_driver_that_torch_and_the_library_need(machine, monkey
     )
     assert "fix: install driver 580 or newer" in said
     assert "CUDA=12 make wheel" in said
+
+
+def test_a_gpu_without_code_is_a_problem_of_the_machine_and_of_its_process(machine, monkeypatch):
+    machine(proc=OPEN, cuda=13000)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_driver, "build", lambda: WHEEL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def asked(index):
+        return types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", asked)
+    ((what, _),) = _diagnostics._code_problems()
+    assert what.startswith("Tesla T4 cannot run the CUDA kernels")
+    assert _node_gpu.code_problems("Tesla T4", (7, 5)) == [what]
+    assert _node_gpu.code_problems("NVIDIA H100", (9, 0)) == []
+
+
+def test_the_parent_of_the_nodes_processes_asks_no_gpu(machine, monkeypatch):
+    """One that hangs would keep it from telling so."""
+    machine(proc=OPEN, cuda=13000)
+
+    def touched(*arguments):
+        raise AssertionError("touched a GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", touched)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
+    monkeypatch.setattr(_driver, "build", lambda: WHEEL)
+    _diagnostics._installation_problems()
 
 
 def test_torch_of_another_generation_is_a_remark_and_no_problem(machine, monkeypatch, capsys):

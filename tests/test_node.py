@@ -154,6 +154,7 @@ def node(monkeypatch, tmp_path, capsys):
             _node, "_command", lambda index, count, part, parts, s: [sys.executable, "-c", codes[index]]
         )
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(codes))
+        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the command sets for its own process
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
         monkeypatch.setattr(_diagnostics, "_installation_problems", lambda: list(installation))
         report = tmp_path / "reports" / "node.json"
