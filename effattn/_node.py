@@ -34,7 +34,7 @@ def check_node(seconds: float, report: Path | None, known: Iterable[str] = ()) -
         0: all is well; 1: something is wrong; 2: there is no GPU.
     """
     begin = time.monotonic()
-    gpus = _found(torch.cuda.device_count(), seconds, begin + seconds)
+    gpus = _found(torch.cuda.device_count(), begin + seconds)
     problems = [f"GPU {gpu['index']}: {failure}" for gpu in gpus for failure in gpu["failures"]] + outliers(gpus)
     if not gpus:
         problems.append(f"no GPU: {_why_none()}")
@@ -65,11 +65,11 @@ def outliers(gpus: list[dict]) -> list[str]:
     return found
 
 
-def _command(index: int, count: int, part: int, parts: int, seconds: float) -> list[str]:
-    return [sys.executable, "-m", "effattn._node_gpu", *map(str, (index, count, part, parts, seconds))]
+def _command(index: int, count: int, part: int, parts: int, deadline: float) -> list[str]:
+    return [sys.executable, "-m", "effattn._node_gpu", *map(str, (index, count, part, parts, deadline))]
 
 
-def _found(count: int, seconds: float, deadline: float) -> list[dict]:
+def _found(count: int, deadline: float) -> list[dict]:
     """What the processes of every GPU found, or what became of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = max(1, min(MOST_PARTS, cores // max(1, count)))
@@ -79,7 +79,7 @@ def _found(count: int, seconds: float, deadline: float) -> list[dict]:
         for index in range(count):
             processes.append([])
             for part in range(parts):
-                processes[-1].append(subprocess.Popen(_command(index, count, part, parts, seconds), **pipes))
+                processes[-1].append(subprocess.Popen(_command(index, count, part, parts, deadline), **pipes))
         return [_together(index, [_result(p, deadline) for p in of_gpu]) for index, of_gpu in enumerate(processes)]
     finally:
         for process in (process for of_gpu in processes for process in of_gpu):

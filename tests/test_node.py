@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -150,9 +151,7 @@ def node(monkeypatch, tmp_path, capsys):
     """A function that checks a node whose GPUs' processes are this Python code: (status, printed, written)."""
 
     def run(*codes, seconds=20.0, cores=1, installation=()):
-        monkeypatch.setattr(
-            _node, "_command", lambda index, count, part, parts, s: [sys.executable, "-c", codes[index]]
-        )
+        monkeypatch.setattr(_node, "_command", lambda index, *more: [sys.executable, "-c", codes[index], str(more[-1])])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(codes))
         monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the command sets for its own process
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
@@ -192,6 +191,13 @@ def test_a_gpu_that_hangs_is_killed_at_the_deadline_and_the_others_are_told(node
     assert status == 1
     assert "problem: GPU 0: no answer before the deadline" in printed
     assert "GPU 1: NVIDIA H100" in printed
+
+
+def test_the_deadline_that_a_process_is_given_is_the_parents(node):
+    code = "import sys, time, json; left = float(sys.argv[-1]) - time.monotonic();"
+    status, printed, _ = node(code + f"print(json.dumps({GOOD!r} | {{'seconds': left}}))", seconds=50.0)
+    assert status == 0
+    assert 40 < float(re.search(r"([\d.]+) s$", printed.splitlines()[0])[1]) <= 50
 
 
 def test_a_process_that_dies_is_told_with_its_last_words(node):
@@ -249,7 +255,9 @@ def test_a_gpu_that_torch_does_not_see_has_a_reason(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a process that finds its GPU")
 def test_the_process_of_a_gpu_that_is_not_there_says_so():
-    ran = subprocess.run(_node._command(0, 1, 0, 1, 60.0), capture_output=True, text=True, check=False, timeout=120)
+    ran = subprocess.run(
+        _node._command(0, 1, 0, 1, time.monotonic() + 60), capture_output=True, text=True, check=False, timeout=120
+    )
     assert ran.returncode == 1
     assert ran.stderr.strip()
 
