@@ -99,7 +99,7 @@ PUBLISHED = {
     "gaussian_mixture": (Shape("GMM-ViT", 197, 197, 64),),
     "attention": (Shape("DeiT", 197, 197, 64), Shape("1024 tokens", 1024, 1024, 64)),
     "retention": (Shape("RetNet, a chunk of 64", 64, 64, 256), Shape("ViR, a chunk of 64", 64, 64, 64)),
-    "toeplitz": (Shape("NPRF-DeiT, direct", 197, 197, 64),),
+    "toeplitz": (Shape("NPRF-DeiT, direct tiles (CUDA has the FFT only)", 197, 197, 64),),
 }
 """Families whose kernels multiply tiles of queries by keys, at the shapes of their papers."""
 

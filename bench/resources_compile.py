@@ -187,8 +187,12 @@ def triton_kernel(family: str, found: dict) -> Kernel:
     if "error" in found:
         raise RuntimeError(f"{found['operation']} {found['kernel']} on {found['family']}: {found['error']}")
     stage = f" {found['stage']}" if isinstance(found["stage"], str) else ""
-    shape = f"{found['operation']} {found['head_dim']}, tile {found['config'][0]} x {found['config'][1]}"
-    spilled, threads = found["stack"] + found["local"], 32 * found["config"][2]
+    warps, config = found["warps"], found["config"]
+    tile = " x ".join(
+        str(size) for size in config[: config.index(warps, 2)] if size
+    )  # at least two sizes, then the warps
+    shape = f"{found['operation']} {found['head_dim']}, tile {tile}"
+    spilled, threads = found["stack"] + found["local"], 32 * warps
     return Kernel(
         family, found["kernel"] + stage, shape, found["family"], found["registers"], spilled, found["shared"], threads
     )

@@ -144,6 +144,18 @@ def test_a_kernel_that_did_not_compile_stops_the_page():
         resources_compile.triton_kernel("retention", {"operation": "retention", "kernel": "scan", "family": "sm_80", "error": "no memory"})  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "warps", "tile"),
+    [([64, 32, 4, 1], 4, "64 x 32"), ([64, 128, 32, 8, 2, False], 8, "64 x 128 x 32"), ([16, 0, 4, 1], 4, "16")],
+)
+def test_threads_and_tile_are_those_of_the_configuration(config, warps, tile):
+    found = {"operation": "retention", "head_dim": 64, "kernel": "scan", "stage": "scan_dv", "family": "sm_80"}
+    found |= {"config": config, "warps": warps, "registers": 100, "stack": 8, "local": 0, "shared": 512}
+    read = resources_compile.triton_kernel("retention", found)
+    assert (read.threads, read.spilled, read.name) == (32 * warps, 8, "scan scan_dv")
+    assert read.shape == f"retention 64, tile {tile}"
+
+
 def test_every_source_has_a_family_and_every_operation_is_known():
     triton_compiler = pytest.importorskip("triton_compiler")
     operations = {operation for cases in resources_compile.TRITON_CASES.values() for operation in cases}
