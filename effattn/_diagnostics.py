@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _native, _registry, _tuning
+from . import _driver, _native, _registry, _tuning
 from ._version import __version__
 
 OLDEST_TORCH = (2, 10)
@@ -44,12 +44,30 @@ def info() -> int:
 
 def doctor() -> int:
     """Print each thing that is wrong with the exact command that fixes it; 0 if nothing is."""
-    problems = [*_torch_problems(), *_library_problems(), *_gpu_problems(), *_environment_problems(), *_wrong_results()]
+    problems = [*_installation_problems(), *_code_problems(), *_wrong_results()]
+    _print_problems(problems)
+    if not problems:
+        print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}{_generations()}")
+    return 1 if problems else 0
+
+
+def doctor_gpu(seconds: float, report: Path | None) -> int:
+    """Check every GPU of this node and print a line for each; 0 if all is well, 2 if there is none, else 1."""
+    from . import _node
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process must not wait for a GPU that hangs
+    problems = _installation_problems()
+    _print_problems(problems)
+    return _node.check_node(seconds, report, [what for what, _ in problems])
+
+
+def _installation_problems() -> list[tuple[str, str]]:
+    return [*_torch_problems(), *_library_problems(), *_driver_problems(), *_gpu_problems(), *_environment_problems()]
+
+
+def _print_problems(problems: list[tuple[str, str]]) -> None:
     for what, remedy in problems:
         print(f"problem: {what}\n    fix: {remedy}")
-    if not problems:
-        print(f"effattn {__version__}: nothing wrong. cpu library: {_cpu_library()}; gpu: {_gpu()}")
-    return 1 if problems else 0
 
 
 def _version_of(package: str) -> str:
@@ -97,6 +115,53 @@ def _library_problems():
     if missing and missing != ["ninja"]:
         before += "apt-get install -y g++ && "
     yield _native.problem, before + _rebuild()
+
+
+def _driver_problems():
+    """A driver older than torch or the CUDA kernels need."""
+    driver = _driver.driver()
+    if not torch.version.cuda or driver is None:
+        return
+    build = cuda_build()
+    for what, toolkit in (
+        (f"torch {torch.__version__}", _torch_toolkit()),
+        ("effattn/_cuda.so", build and build.toolkit),
+    ):
+        why = toolkit and _driver.driver_problem(driver, toolkit, what)
+        if why:
+            yield why, _driver.driver_remedy(driver, toolkit)
+
+
+def _code_problems():
+    """GPUs that the CUDA kernels have no code for."""
+    build = cuda_build() if torch.version.cuda and torch.cuda.is_available() else None
+    if build:
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        found = [(gpu.name, (gpu.major, gpu.minor)) for gpu in gpus]
+        yield from _driver.gpu_problems(found, build, _driver.driver())
+
+
+def _torch_toolkit() -> tuple[int, int]:
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
+
+
+def cuda_build() -> _driver.Build | None:
+    """What the wheel says of the CUDA library's build, else what the library itself does."""
+    build = _driver.build()
+    if build is None and _native.cuda_loaded and _native.cuda_device == "cuda":
+        version = torch.ops.effattn.cuda_toolkit()
+        build = _driver.Build((version // 1000, version % 1000 // 10), ())
+    return build
+
+
+def _generations() -> str:
+    """A remark where torch and the CUDA kernels are built with CUDA of different generations, which is no problem."""
+    build = cuda_build() if torch.version.cuda else None
+    if build is None or build.toolkit[0] == _torch_toolkit()[0]:
+        return ""
+    ours = ".".join(map(str, build.toolkit))
+    return f"; torch is built with CUDA {torch.version.cuda}, the kernels with {ours}: each has its own runtime, the driver must serve both"
 
 
 def _gpu_problems():

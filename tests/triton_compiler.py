@@ -464,6 +464,7 @@ def work(case):
                 "kernel": kernel.__name__,
                 "stage": stage,
                 "config": list(config),
+                "warps": config.num_warps,
                 "seconds": time.perf_counter() - start,
                 **found,
             }
