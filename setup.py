@@ -11,6 +11,7 @@ EFFATTN_LOCAL_VERSION=cu12 makes the version 0.1.0+cu12. MAX_JOBS limits the com
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -287,8 +288,9 @@ class SourceArchive(sdist):
     """Adds the commit, which a wheel built of it could not ask git for."""
 
     def make_release_tree(self, base_dir, files):
+        source = build_info.source()  # before there is a folder that git does not know
         super().make_release_tree(base_dir, files)
-        build_info.write_source(Path(base_dir, build_info.SOURCE.relative_to(ROOT)))
+        Path(base_dir, build_info.SOURCE.relative_to(ROOT)).write_text(json.dumps(source) + "\n")
 
 
 class AnyPythonWheel(bdist_wheel):

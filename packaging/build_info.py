@@ -23,11 +23,6 @@ def source():
         return UNKNOWN
 
 
-def write_source(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(source()) + "\n")
-
-
 def write(path, **facts):
     """Nothing of it may depend on where or when the build runs."""
     facts = {**source(), "libc": " ".join(platform.libc_ver()), **facts}

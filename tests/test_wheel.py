@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -142,12 +143,13 @@ def test_the_commit_is_that_of_this_tree_alone(tmp_path, monkeypatch):
     assert build_info.source() == source | {"dirty": True}
 
 
-def test_an_archive_keeps_the_commit_of_its_maker(tmp_path, monkeypatch):
-    made = build_info.source()
-    build_info.write_source(tmp_path / "packaging" / "source.json")
-    monkeypatch.setattr(build_info, "ROOT", tmp_path)
-    monkeypatch.setattr(build_info, "SOURCE", tmp_path / "packaging" / "source.json")
-    assert build_info.source() == made
+def test_an_archive_keeps_the_commit_of_its_maker(tmp_path):
+    ran = setup("--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        (source,) = [name for name in content.getnames() if name.endswith("packaging/source.json")]
+        assert json.load(content.extractfile(source)) == build_info.source()
 
 
 def test_info_shows_how_a_wheel_was_made(tmp_path, monkeypatch):
