@@ -271,7 +271,9 @@ class BuildNative(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         libraries[ext.name](directory, library)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([ninja(), *jobs, "-C", str(ROOT), "-f", str(directory / "build.ninja")], check=True)
+        command = [ninja(), *jobs, "-C", str(ROOT), "-f", str(directory / "build.ninja")]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"effattn: {ext.name} does not compile")
 
 
 class BuildPython(build_py):

@@ -63,7 +63,8 @@ def built(environment, directory):
     for stale in [*ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")]:
         shutil.rmtree(stale)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*command, "--wheel-dir", str(directory), str(ROOT)], env=environment, check=True)
+    if subprocess.run([*command, "--wheel-dir", str(directory), str(ROOT)], env=environment, check=False).returncode:
+        sys.exit("effattn: the build failed")
     (wheel,) = directory.glob("*.whl")
     return wheel
 
