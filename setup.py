@@ -212,7 +212,10 @@ def host_compiler():
 
 
 def architectures():
-    return cuda_toolkit.architectures(os.environ.get("EFFATTN_CUDA_ARCHITECTURES"), cuda_toolkit.nvcc())
+    try:
+        return cuda_toolkit.architectures(os.environ.get("EFFATTN_CUDA_ARCHITECTURES"), cuda_toolkit.nvcc())
+    except ValueError as error:
+        sys.exit(f"effattn: {error}")
 
 
 def write_cuda_ninja(directory, library):
@@ -284,6 +287,9 @@ class BuildPython(build_py):
         if not self.editable_mode:
             version = self.distribution.get_version()
             build_info.write(Path(self.build_lib, "effattn", "_build.json"), version=version, **facts())
+            for path in Path(self.build_lib).rglob("*.*"):
+                if path.suffix != ".so" and path.is_file():
+                    path.chmod(0o644)  # whatever the umask of the checkout was
 
 
 class SourceArchive(sdist):
