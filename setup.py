@@ -222,9 +222,13 @@ def write_cuda_ninja(directory, library):
     """build.ninja for _cuda.so: every source once for all GPUs, the runtime linked in."""
     nvcc = shlex.join([cuda_toolkit.nvcc(), "-ccbin", host_compiler()])
     gpus = " ".join(f"-gencode={shlex.quote(cuda_toolkit.gencode(name))}" for name in architectures())
-    # nvcc mangles a hash of the absolute path into the names of kernels
+    # nvcc mangles a hash of the absolute path into the names of kernels, and of some sources its process's number
     jobs = [
-        (source, f"cuda.{source.name}.o", f"-Xcudafe --orig_src_path_name={relative(source)}")
+        (
+            source,
+            f"cuda.{source.name}.o",
+            f"-Xcudafe --orig_src_path_name={relative(source)} -frandom-seed={relative(source)}",
+        )
         for source in sorted((CSRC / "cuda").glob("*.cu"))
     ]
     extra = f"{shlex.quote(f'-Xcompiler={reproducible()}')} {torch_includes()}"
