@@ -223,12 +223,9 @@ def write_cuda_ninja(directory, library):
     nvcc = shlex.join([cuda_toolkit.nvcc(), "-ccbin", host_compiler()])
     gpus = " ".join(f"-gencode={shlex.quote(cuda_toolkit.gencode(name))}" for name in architectures())
     # nvcc mangles a hash of the absolute path into the names of kernels, and of some sources its process's number
+    names = "-Xcudafe --orig_src_path_name={0}" + " -frandom-seed={0}" * cuda_toolkit.has_seed(cuda_toolkit.nvcc())
     jobs = [
-        (
-            source,
-            f"cuda.{source.name}.o",
-            f"-Xcudafe --orig_src_path_name={relative(source)} -frandom-seed={relative(source)}",
-        )
+        (source, f"cuda.{source.name}.o", names.format(relative(source)))
         for source in sorted((CSRC / "cuda").glob("*.cu"))
     ]
     extra = f"{shlex.quote(f'-Xcompiler={reproducible()}')} {torch_includes()}"

@@ -23,6 +23,11 @@ def version(compiler):
     return re.search(r", V([\d.]+)", _says(compiler, "--version"))[1]
 
 
+def has_seed(compiler):
+    """Whether -frandom-seed is an option: of 13.0, not yet of 12.4."""
+    return "-frandom-seed" in _says(compiler, "--help")
+
+
 def architectures(asked, compiler):
     """What EFFATTN_CUDA_ARCHITECTURES names: a list such as "80+PTX;90a", or "release" for those of RELEASE that the compiler knows."""
     known = set(re.findall(r"sm_(\d+)", _says(compiler, "--list-gpu-code")))
