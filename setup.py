@@ -2,15 +2,19 @@
 pyproject.toml.
 
 One wheel, py3-none-<platform>, serves every Python >= 3.10 and torch >= 2.10. Kernel sources are compiled once per ISA level, hence our own ninja file:
-torch's BuildExtension knows one set of flags. Where something needed is missing the package installs without the library and runs on plain PyTorch.
+torch's BuildExtension knows one set of flags. Where something needed is missing the build fails and says what; EFFATTN_NATIVE=0 installs without the
+libraries, as a system for which there are no kernels does.
 
 EFFATTN_CUDA=1 builds the CUDA kernels and fails without nvcc, 0 leaves them out. By default a wheel has them if nvcc is there, an editable install
-only if torch could load them.
+only if torch could load them. EFFATTN_CUDA_ARCHITECTURES says for which GPUs, see packaging/cuda_toolkit.py.
+EFFATTN_LOCAL_VERSION=cu12 makes the version 0.1.0+cu12. MAX_JOBS limits the compilers that run at a time.
 """
 
 import importlib.util
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +25,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -29,6 +35,10 @@ except ImportError:  # setuptools < 70.1
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+sys.path.insert(0, str(ROOT / "packaging"))
+
+import build_info  # noqa: E402
+import cuda_toolkit  # noqa: E402
 
 OPTIMIZE = "-O3 -fno-math-errno -ffp-contract=fast"
 COMPILE = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
@@ -39,19 +49,15 @@ X86_LEVELS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vpopcntdq -mprefer-vector-width=512",
 }
 LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
+LOCAL_VERSION = "+" + os.environ["EFFATTN_LOCAL_VERSION"] if os.environ.get("EFFATTN_LOCAL_VERSION") else ""
 PROBE = """template <class T> concept Any = true;
 typedef int Vector __attribute__((vector_size(16)));
 Vector merge(Vector a, Vector b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 int main() {}
 """
+OLDEST_TORCH = "2.10"
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Ampere's code also runs on Ada; PTX of the oldest is compiled on load by whatever else there is or will be.
-GPUS = (
-    "arch=compute_80,code=[sm_80,compute_80]",
-    "arch=compute_90a,code=sm_90a",
-    "arch=compute_100,code=sm_100",
-    "arch=compute_120,code=sm_120",
-)
+NVCC = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA"
 
 
 def compiler():
@@ -86,22 +92,24 @@ def torch_directory():
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
+def unsupported():
+    """Why there is nothing to build here, or None."""
+    if os.environ.get("EFFATTN_NATIVE") == "0":
+        return "EFFATTN_NATIVE=0"
+    if sys.platform != "linux" or not LEVELS:
+        return f"there are no compiled kernels for {sys.platform} {platform.machine()}"
+    return None
+
+
 def missing():
     """What keeps the library from being built here, as (what, remedy), or None."""
-    if sys.platform != "linux" or not LEVELS:
-        return f"there are no compiled kernels for {sys.platform} {platform.machine()}", "nothing to do"
     if torch_directory() is None:
-        return "torch is not visible to the build", "install torch, then: pip install --no-build-isolation effattn"
+        return "torch is not visible to the build", "pip install torch setuptools ninja"
     if not compiler() or not compiles(compiler()):
         return f"no C++20 compiler (tried {' '.join(compiler()) or 'g++, clang++, c++'})", "install g++ 12 or later"
     if ninja() is None:
         return "ninja is missing", "pip install ninja"
     return None
-
-
-def nvcc():
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
 
 
 def torch_has_cuda():
@@ -111,9 +119,9 @@ def torch_has_cuda():
 
 def wants_cuda():
     asked = os.environ.get("EFFATTN_CUDA")
-    if asked == "1" and nvcc() is None:
+    if asked == "1" and cuda_toolkit.nvcc() is None:
         sys.exit("effattn: EFFATTN_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
-    if asked is not None or nvcc() is None:
+    if asked is not None or cuda_toolkit.nvcc() is None:
         return asked == "1"
     return "bdist_wheel" in sys.argv or torch_has_cuda()
 
@@ -122,65 +130,131 @@ def quote(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def reproducible():
+    """Flags that keep the path of torch's headers out of the messages that they compile in."""
+    return f"-ffile-prefix-map={torch_directory()}=torch"
+
+
+def torch_includes():
+    return f"{TORCH} -isystem {shlex.quote(str(torch_directory() / 'include'))}"
+
+
+def link(option=""):
+    """Arguments that link torch, each with ``option`` before it if it is the linker's own.
+
+    libstdc++ comes first: torch exports some of its symbols, unversioned, and not in every build of it.
+    """
+    linker = [
+        "-s",
+        f"--version-script={CSRC / 'bindings' / 'exports.map'}",
+        f"-L{torch_directory() / 'lib'}",
+        "--no-as-needed",
+    ]
+    after = f"-lstdc++ -ltorch_cpu -ltorch -lc10 {option}--as-needed"
+    return " ".join(option + shlex.quote(argument) for argument in linker) + " " + after
+
+
+def relative(source):
+    """A source as the compiler is to name it: its path must not depend on where the checkout lies."""
+    return source.relative_to(ROOT)
+
+
+def write_build(directory, library, rules, jobs):
+    """build.ninja, for ninja in ROOT; ``jobs`` are (source, object, further flags)."""
+    lines = [f"builddir = {quote(directory)}", *rules]
+    for source, name, extra in jobs:
+        lines += [f"build $builddir/{name}: compile {quote(relative(source))}", f"  extra = {extra}"]
+    objects = " ".join(f"$builddir/{name}" for _, name, _ in jobs)
+    lines += [f"build {quote(library)}: link {objects}", f"default {quote(library)}", ""]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "build.ninja").write_text("\n".join(lines))
+
+
+def rules(compile_command, link_command):
+    return [
+        "rule compile",
+        f"  command = {compile_command} $extra -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        f"  command = {link_command}",
+        "  description = $out",
+    ]
+
+
+def cpu_flags():
+    return f"{COMPILE} {OPTIMIZE} {os.environ.get('CXXFLAGS', '')}".strip()
+
+
 def write_cpu_ninja(directory, library):
     """build.ninja for _cpu.so: kernels once per ISA level, everything else once for the oldest one."""
     oldest = next(iter(LEVELS.values()))
-    torch = torch_directory()
-    jobs = []  # source, object, flags
+    jobs = []
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.stem == "dispatch":
             jobs.append((source, "dispatch.o", oldest))
             continue
         for level, flags in LEVELS.items():
             jobs.append((source, f"{level}.{source.stem}.o", f"-DEFFATTN_ISA={level} {flags}"))
-    includes = f"-isystem {shlex.quote(str(torch / 'include'))}"
     bindings = sorted((CSRC / "bindings").glob("*.cpp"))
-    jobs += [(source, f"bindings.{source.stem}.o", f"{oldest} {TORCH} {includes}") for source in bindings]
+    extra = f"{oldest} {shlex.quote(reproducible())} {torch_includes()}"
+    jobs += [(source, f"bindings.{source.stem}.o", extra) for source in bindings]
     jobs.sort(key=lambda job: (job[0].stem not in ("attention", "gaussian_mixture"), job[0]))  # the longest first
 
-    lines = [
-        f"cxx = {' '.join(map(shlex.quote, compiler()))}",
-        f"flags = {COMPILE} {OPTIMIZE} {os.environ.get('CXXFLAGS', '')}",
-        "rule compile",
-        "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule link",
-        f"  command = $cxx -shared $in -o $out -Wl,-s -L{shlex.quote(str(torch / 'lib'))} "
-        "-Wl,--no-as-needed -ltorch_cpu -ltorch -lc10 -Wl,--as-needed",
-        "  description = $out",
-    ]
-    for source, object_file, extra in jobs:
-        lines += [f"build {object_file}: compile {quote(source)}", f"  extra = {extra}"]
-    lines += [f"build {quote(library)}: link {' '.join(job[1] for job in jobs)}", f"default {quote(library)}", ""]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "build.ninja").write_text("\n".join(lines))
+    cxx = shlex.join(compiler())
+    write_build(directory, library, rules(f"{cxx} {cpu_flags()}", f"{cxx} -shared $in -o $out {link('-Wl,')}"), jobs)
+
+
+def host_compiler():
+    """nvcc takes no ccache before it."""
+    return next(part for part in compiler() if Path(part).name != "ccache")
+
+
+def architectures():
+    try:
+        return cuda_toolkit.architectures(os.environ.get("EFFATTN_CUDA_ARCHITECTURES"), cuda_toolkit.nvcc())
+    except ValueError as error:
+        sys.exit(f"effattn: {error}")
 
 
 def write_cuda_ninja(directory, library):
     """build.ninja for _cuda.so: every source once for all GPUs, the runtime linked in."""
-    torch = torch_directory()
-    targets = " ".join(f"-gencode={shlex.quote(gpu)}" for gpu in GPUS)
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "bindings" / "cuda").glob("*.cpp"))]
-    lines = [
-        f"nvcc = {shlex.quote(nvcc())} -ccbin {shlex.quote(compiler()[0])}",
-        f"flags = -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA {TORCH} -isystem {shlex.quote(str(torch / 'include'))}",
-        "rule compile",
-        f"  command = $nvcc $flags {targets} --threads 2 -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule link",
-        f"  command = $nvcc -shared -cudart static {targets} $in -o $out -Xlinker -s -L{shlex.quote(str(torch / 'lib'))} "
-        "-Xlinker --no-as-needed -ltorch_cpu -ltorch -lc10 -Xlinker --as-needed",
-        "  description = $out",
+    nvcc = shlex.join([cuda_toolkit.nvcc(), "-ccbin", host_compiler()])
+    gpus = " ".join(f"-gencode={shlex.quote(cuda_toolkit.gencode(name))}" for name in architectures())
+    # nvcc mangles a hash of the absolute path into the names of kernels, and of some sources its process's number
+    names = "-Xcudafe --orig_src_path_name={0}" + " -frandom-seed={0}" * cuda_toolkit.has_seed(cuda_toolkit.nvcc())
+    jobs = [
+        (source, f"cuda.{source.name}.o", names.format(relative(source)))
+        for source in sorted((CSRC / "cuda").glob("*.cu"))
     ]
-    objects = [f"{source.parent.name}.{source.stem}{source.suffix}.o" for source in sources]
-    lines += [f"build {name}: compile {quote(source)}" for name, source in zip(objects, sources)]
-    lines += [f"build {quote(library)}: link {' '.join(objects)}", f"default {quote(library)}", ""]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "build.ninja").write_text("\n".join(lines))
+    extra = f"{shlex.quote(f'-Xcompiler={reproducible()}')} {torch_includes()}"
+    jobs += [
+        (source, f"bindings.{source.name}.o", extra) for source in sorted((CSRC / "bindings" / "cuda").glob("*.cpp"))
+    ]
+    commands = (
+        f"{nvcc} {NVCC} {gpus} --threads 2",
+        f"{nvcc} -shared -cudart static {gpus} $in -o $out {link('-Xlinker ')}",
+    )
+    write_build(directory, library, rules(*commands), jobs)
+
+
+def torch_version():
+    """Of the headers, without what tells builds of it apart."""
+    return re.search(r"__version__ = '([^'+]*)", (torch_directory() / "version.py").read_text())[1]
+
+
+def facts():
+    """What effattn/_build.json is to hold besides the commit."""
+    found = {"without": lacking, "torch": None, "cpu": None, "cuda": None}
+    if "effattn._cpu" in libraries:
+        found["torch"] = {"headers": torch_version(), "oldest": OLDEST_TORCH}
+        compiled = build_info.first_line([*compiler(), "--version"])
+        found["cpu"] = {"compiler": compiled, "flags": cpu_flags(), "levels": LEVELS}
+    if "effattn._cuda" in libraries:
+        nvcc = f"nvcc {cuda_toolkit.version(cuda_toolkit.nvcc())}"
+        found["cuda"] = {"compiler": nvcc, "flags": NVCC, "architectures": architectures()}
+    return found
 
 
 class BuildNative(build_ext):
@@ -199,8 +273,33 @@ class BuildNative(build_ext):
         directory = self.objects.resolve() / ext.name
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        write_ninja[ext.name](directory, library)
-        subprocess.run([ninja(), "-C", str(directory)], check=True)
+        libraries[ext.name](directory, library)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        command = [ninja(), *jobs, "-C", str(ROOT), "-f", str(directory / "build.ninja")]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"effattn: {ext.name} does not compile")
+
+
+class BuildPython(build_py):
+    """Adds the build information; an editable install has a checkout instead."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            version = self.distribution.get_version()
+            build_info.write(Path(self.build_lib, "effattn", "_build.json"), version=version, **facts())
+            for path in Path(self.build_lib).rglob("*.*"):
+                if path.suffix != ".so" and path.is_file():
+                    path.chmod(0o644)  # whatever the umask of the checkout was
+
+
+class SourceArchive(sdist):
+    """Adds the commit, which a wheel built of it could not ask git for."""
+
+    def make_release_tree(self, base_dir, files):
+        source = build_info.source()  # before there is a folder that git does not know
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, build_info.SOURCE.relative_to(ROOT)).write_text(json.dumps(source) + "\n")
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -211,19 +310,19 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", machine) if self.distribution.has_ext_modules() else (python, abi, machine)
 
 
-write_ninja = {"effattn._cpu": write_cpu_ninja}
-
 # Metadata is asked for by separate runs of this file; only those that build look for a compiler and speak.
 BUILDING = not {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}.isdisjoint(sys.argv)
-lacking = missing() if BUILDING else None
-if lacking:
-    print(
-        f"effattn: building without compiled kernels, calls will run on plain PyTorch: {lacking[0]}. To change that: {lacking[1]}.",
-        file=sys.stderr,
-    )
+lacking = unsupported()
+libraries = {} if lacking else {"effattn._cpu": write_cpu_ninja}
 
-if BUILDING and not lacking and wants_cuda():
-    write_ninja["effattn._cuda"] = write_cuda_ninja
+if BUILDING and not lacking:
+    if problem := missing():
+        sys.exit(
+            f"effattn: {problem[0]}. To build the compiled kernels: {problem[1]}, then pip install with --no-build-isolation.\n"
+            "effattn: To install without them and run on plain PyTorch, much slower: set EFFATTN_NATIVE=0."
+        )
+    if wants_cuda():
+        libraries["effattn._cuda"] = write_cuda_ninja
 
 BESIDE = {"effattn.triton_kernels": "triton_kernels", "effattn.bench": "bench"}
 packages = find_packages(include=["effattn", "effattn.*"])
@@ -237,7 +336,8 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={"effattn": ["py.typed"], "effattn.bench": ["*.cpp"]},
-    ext_modules=[] if lacking else [Extension(name, sources=[]) for name in write_ninja],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    ext_modules=[Extension(name, sources=[]) for name in libraries],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": AnyPythonWheel, "sdist": SourceArchive},
+    options={"egg_info": {"tag_build": LOCAL_VERSION}},
     zip_safe=False,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -17,11 +19,13 @@ from ._version import __version__
 OLDEST_TORCH = (2, 10)
 CPU_ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _PROJECT = Path(__file__).resolve().parent.parent
+_BUILD = Path(__file__).with_name("_build.json")
 
 
 def info() -> int:
     """Print versions, libraries and which backend serves which operator here. Always succeeds."""
     print(f"effattn      {__version__} at {Path(__file__).parent}")
+    print(f"build        {_build()}")
     print(f"python       {platform.python_version()} on {platform.platform()}")
     print(f"torch        {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})")
     print(f"triton       {_version_of('triton')}")
@@ -75,6 +79,38 @@ def _version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _build() -> str:
+    """What the wheel says of its making, over several lines; a checkout has no such record."""
+    if not _BUILD.exists():
+        return f"editable checkout at {_PROJECT}" if (_PROJECT / "setup.py").exists() else "not recorded"
+    made = json.loads(_BUILD.read_text())
+    changes = {True: ", with uncommitted changes", False: "", None: ""}[made["dirty"]]
+    day = f" of {datetime.datetime.fromtimestamp(made['date'], datetime.timezone.utc):%Y-%m-%d}" if made["date"] else ""
+    lines = [f"wheel {made['version']} for {_platform_tag()}, commit {made['commit'] or 'unknown'}{day}{changes}"]
+    if made["without"]:
+        lines.append(f"without compiled kernels: {made['without']}")
+    if made["cpu"]:
+        lines.append(f"cpu   {made['cpu']['compiler']} for {', '.join(made['cpu']['levels'])}")
+        lines.append(f"      {made['cpu']['flags']}")
+    if made["cuda"]:
+        lines.append(f"cuda  {made['cuda']['compiler']} for {', '.join(made['cuda']['architectures'])}")
+        lines.append(f"      {made['cuda']['flags']}")
+    if made["torch"]:
+        lines.append(
+            f"torch {made['torch']['headers']} headers, {made['torch']['oldest']} or later to run; {made['libc']}"
+        )
+    return ("\n" + " " * 13).join(lines)
+
+
+def _platform_tag() -> str:
+    try:
+        tags = importlib.metadata.distribution("effattn").read_text("WHEEL") or ""
+    except importlib.metadata.PackageNotFoundError:
+        tags = ""
+    named = [line.split("-", 2)[2] for line in tags.splitlines() if line.startswith("Tag: ")]
+    return " ".join(named) or "an unknown platform"
 
 
 def _cpu_library() -> str:

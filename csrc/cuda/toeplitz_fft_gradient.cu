@@ -128,11 +128,12 @@ template <class R>
 void correlate(const Memory<R>& memory, const Convolution<R>& u, const Convolution<R>& x, cudaStream_t stream) {
   const int outer = std::max(outer_passes_of<R>(x.log_length), 1);
   Complex<R>* const second = memory.scratch + (memory.slots << x.log_length);
+  Complex<R>* const both[] = {memory.scratch, second};  // nvcc's host code has no braced list in a lambda's loop
   for_each_wave(x, memory.slots, [&](Wave wave) {
     const int64_t count = wave.tiles * wave.columns;
     scatter(u, wave, memory.scratch, stream);
     scatter(x, wave, second, stream);
-    for (Complex<R>* data : {memory.scratch, second}) {
+    for (Complex<R>* data : both) {
       outer_passes(data, count, x.log_length, 1, outer, false, x.roots, stream);
       transform_rows(Rows<R>{data, count, x.log_length, outer, x.roots, true, false},
           static_cast<const Convolution<R>*>(nullptr), wave, stream);
