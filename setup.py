@@ -38,7 +38,7 @@ X86_LEVELS = {
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vpopcntdq -mprefer-vector-width=512",
 }
-LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
+LEVELS_OF = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}
 PROBE = """template <class T> concept Any = true;
 typedef int Vector __attribute__((vector_size(16)));
 Vector merge(Vector a, Vector b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
@@ -59,6 +59,21 @@ def compiler():
         return shlex.split(os.environ["CXX"])
     found = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
     return [found] if found else []
+
+
+def machine():
+    """What is compiled for: with a cross compiler in CXX not this machine. torch of that machine has to be visible to the build."""
+    if "CXX" in os.environ:
+        try:
+            asked = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True, check=False)
+        except OSError:
+            return platform.machine()  # missing() tells of the compiler
+        return asked.stdout.partition("-")[0] or platform.machine()
+    return platform.machine()
+
+
+MACHINE = machine()
+LEVELS = LEVELS_OF.get(MACHINE, {})
 
 
 def compiles(command):
@@ -89,7 +104,7 @@ def torch_directory():
 def missing():
     """What keeps the library from being built here, as (what, remedy), or None."""
     if sys.platform != "linux" or not LEVELS:
-        return f"there are no compiled kernels for {sys.platform} {platform.machine()}", "nothing to do"
+        return f"there are no compiled kernels for {sys.platform} {MACHINE}", "nothing to do"
     if torch_directory() is None:
         return "torch is not visible to the build", "install torch, then: pip install --no-build-isolation effattn"
     if not compiler() or not compiles(compiler()):
@@ -207,8 +222,10 @@ class AnyPythonWheel(bdist_wheel):
     """No CPython API inside: the tag names the platform only."""
 
     def get_tag(self):
-        python, abi, machine = super().get_tag()
-        return ("py3", "none", machine) if self.distribution.has_ext_modules() else (python, abi, machine)
+        python, abi, system = super().get_tag()
+        if MACHINE != platform.machine():
+            system = f"linux_{MACHINE}"
+        return ("py3", "none", system) if self.distribution.has_ext_modules() else (python, abi, system)
 
 
 write_ninja = {"effattn._cpu": write_cpu_ninja}
