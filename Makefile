@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install test bench accuracy docs docs-serve lint format wheel clean
+.PHONY: help install test bench accuracy docs docs-serve lint format wheel matrix aarch64 clean
 
 help:
 	@echo "make test      install into $(VENV), build, run the tests"
@@ -15,6 +15,8 @@ help:
 	@echo "make docs      build the site into build/site; make docs-serve shows it and follows changes"
 	@echo "make lint      ruff and clang-format; make format applies them"
 	@echo "make wheel     one py3-none wheel in dist/"
+	@echo "make matrix    try that wheel under every Python and torch, write docs/compatibility.md; about 30 GB of downloads"
+	@echo "make aarch64   cross-compile the CPU library for aarch64 and run its kernels in qemu"
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +56,14 @@ format: install
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# WHEEL=..., and MATRIX="--torch 2.13.0 --python 3.11" for some cells only.
+matrix: install
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+	$(BIN)/python packaging/matrix.py $(or $(WHEEL),$(firstword $(wildcard dist/effattn-*x86_64.whl))) $(MATRIX)
+
+aarch64: install
+	$(BIN)/python packaging/aarch64.py
 
 clean:
 	rm -rf build dist *.egg-info effattn/_cpu.so $(BUILT)

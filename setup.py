@@ -223,7 +223,7 @@ class AnyPythonWheel(bdist_wheel):
 
     def get_tag(self):
         python, abi, system = super().get_tag()
-        if MACHINE != platform.machine():
+        if platform.machine() != MACHINE:
             system = f"linux_{MACHINE}"
         return ("py3", "none", system) if self.distribution.has_ext_modules() else (python, abi, system)
 
