@@ -32,9 +32,14 @@ TORCHES = ("2.10.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0")
 BUILDS = ("cuda", "cpu")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BY_TESTS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
-# What depends on torch or on Python: dispatch, DTensor's private modules, and every op's numbers with its gradients.
-TESTS = ("test_registry.py", "test_sharding.py", "test_conformance.py::test_accuracy_at_every_head_dim")
-CHOSEN = "not triton and not cuda and (test_registry or test_sharding or (float32 and (-24 or -64)))"
+# What depends on torch: numbers of every op with its gradients, its schema, export, and DTensor's private modules.
+TESTS = (
+    "test_conformance.py::test_accuracy_at_every_head_dim",
+    "test_conformance_torch.py::test_opcheck",
+    "test_conformance_torch.py::test_exports_with_an_open_batch",
+    "test_sharding.py",
+)
+CHOSEN = "not triton and not cuda and (not test_accuracy or (float32 and (-24 or -64)))"
 
 PROBE = """
 import json, platform, sys, torch, effattn
@@ -128,20 +133,22 @@ def look(cell: Path, build: str) -> dict:
     return found
 
 
-def test(cell: Path, jobs: int) -> dict:
+def test(cell: Path, jobs: int, without: list[str]) -> dict:
     """Counts of TESTS run against the installed package."""
-    files = [ROOT / "tests" / name for name in TESTS]
+    files = [ROOT / "tests" / name for name in TESTS if name not in without]
     command = [cell / "bin" / "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-n", jobs, "-k", CHOSEN, *files]
     printed = run(command, cell, EFFATTN_CUDA_EMULATOR="0")
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
 
 
-def try_cell(work: Path, wheel: Path, python: str, torch: str, build: str, jobs: int, keep: bool) -> dict:
+def try_cell(options, python: str, torch: str, build: str) -> dict:
     """The record of one cell."""
+    work, wheel = options.work.resolve(), options.wheel.resolve()
     cell = work / f"python{Path(python).parts[-3] if '/' in python else python}-torch{torch}-{build}"
     shutil.rmtree(cell, ignore_errors=True)
     begun = time.monotonic()
     record = {"build": build, "wheel": wheel.name, "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()}
+    record["without"] = options.without
     try:
         install(cell, python, torch, build, work / "cache")
         record["seconds to install"] = round(time.monotonic() - begun)
@@ -150,12 +157,16 @@ def try_cell(work: Path, wheel: Path, python: str, torch: str, build: str, jobs:
         run([python_of_cell, "-m", "pip", "check"], cell)
         record |= look(cell, build)
         begun = time.monotonic()
-        record |= {"result": "passed", "tests": test(cell, jobs), "seconds of tests": round(time.monotonic() - begun)}
+        record |= {
+            "result": "passed",
+            "tests": test(cell, options.jobs, options.without),
+            "seconds of tests": round(time.monotonic() - begun),
+        }
     except Unavailable as reason:
         record |= {"result": "not to be had here", "reason": str(reason)}
     except (Failed, subprocess.TimeoutExpired) as failure:
         record |= {"result": "failed", "reason": str(failure)}
-    if not keep:
+    if not options.keep:
         shutil.rmtree(cell, ignore_errors=True)
     return record
 
@@ -206,6 +217,7 @@ def render(records: list[dict]) -> str:
         if record["result"] == "passed":
             counts = record["tests"]
             tests = f"{counts['passed']} passed, {counts.get('skipped', 0)} skipped"
+            tests += "".join(f", without `{name}`" for name in record["without"])
             cuda = f"loads, {record['cuda ops']} ops" if record["cuda library"] else record["cuda problem"]
         else:
             number = reasons.setdefault(record["reason"], len(reasons) + 1)
@@ -224,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--build", nargs="+", default=BUILDS, choices=BUILDS)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "matrix", help="where environments are made")
     parser.add_argument("--jobs", type=int, default=2, help="processes of pytest")
+    parser.add_argument("--without", nargs="+", default=[], choices=TESTS, help="tests that this run leaves out")
     parser.add_argument("--record", type=Path, default=RECORD, help="the JSON file of results")
     parser.add_argument("--keep", action="store_true", help="do not delete the environments")
     parser.add_argument("--render", action="store_true", help="only write the page from the record")
@@ -250,8 +263,8 @@ def tried(records: list[dict], options, python: str, torch: str, build: str) -> 
     if not found:
         raise SystemExit(f"--python takes versions and paths that name one, got {python}")
     asked = {"asked python": found[0], "asked torch": torch}
-    result = try_cell(options.work.resolve(), options.wheel.resolve(), python, torch, build, options.jobs, options.keep)
-    record = {**asked, "day": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **result}
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    record = {**asked, "day": day, **try_cell(options, python, torch, build)}
     print(
         f"python {found[0]}, torch {torch}, {build}: {record['result']} {record.get('reason', '')[-300:]}", flush=True
     )
