@@ -136,6 +136,8 @@ def look(cell: Path, build: str) -> dict:
 def test(cell: Path, jobs: int, without: list[str]) -> dict:
     """Counts of TESTS run against the installed package."""
     files = [ROOT / "tests" / name for name in TESTS if name not in without]
+    if not files:
+        return {}
     command = [cell / "bin" / "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-n", jobs, "-k", CHOSEN, *files]
     printed = run(command, cell, EFFATTN_CUDA_EMULATOR="0")
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
@@ -176,10 +178,13 @@ HEADER = """\
 
 # Compatibility
 
-One wheel serves every row. In each, pip installs it into a fresh environment with that Python and torch; then
-`python -m effattn info` and `doctor` run outside the checkout, `doctor` finds nothing wrong, and these tests pass against the
-installed package, without a GPU: {tests} of `tests/`, as far as they are about the CPU kernels and the reference. `make matrix`
-does it again.
+For each row pip installs the built wheel into a fresh environment with that Python and torch. Outside the checkout
+`python -m effattn info` then says what it must, `doctor` finds nothing wrong, and these of `tests/` run against the installed
+package, as far as they are about the CPU kernels and the reference, without a GPU:
+
+{tests}
+
+`make matrix` does it again.
 
 The CUDA column says whether `_cuda.so` loads into that torch and how many ops it registers. Without a GPU its kernels are not
 run. In a build of torch for CPU the library is not loaded, and `info` says why.
@@ -206,18 +211,25 @@ def place(record: dict) -> tuple:
     ]
 
 
+def counted(record: dict) -> str:
+    """What the table says of the tests of a cell that passed."""
+    counts = record["tests"]
+    if not counts:
+        return "not run; import, `info` and `doctor` only"
+    left_out = "".join(f", without `{name}`" for name in record["without"])
+    return f"{counts['passed']} passed, {counts.get('skipped', 0)} skipped{left_out}"
+
+
 def render(records: list[dict]) -> str:
     """The page of these records."""
-    lines = [HEADER.format(tests=", ".join(f"`{name}`" for name in TESTS))]
+    lines = [HEADER.format(tests="\n".join(f"- `{name}`" for name in TESTS))]
     lines += ["| torch | Python | CPU tests | CUDA library |", "| --- | --- | --- | --- |"]
     reasons: dict[str, int] = {}
     for record in sorted(records, key=place):
         torch = record.get("torch", f"{record['asked torch']}, {record['build'].upper()} build")
         python = record.get("python", record["asked python"])
         if record["result"] == "passed":
-            counts = record["tests"]
-            tests = f"{counts['passed']} passed, {counts.get('skipped', 0)} skipped"
-            tests += "".join(f", without `{name}`" for name in record["without"])
+            tests = counted(record)
             cuda = f"loads, {record['cuda ops']} ops" if record["cuda library"] else record["cuda problem"]
         else:
             number = reasons.setdefault(record["reason"], len(reasons) + 1)

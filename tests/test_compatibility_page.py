@@ -40,6 +40,14 @@ def test_a_cell_that_failed_or_is_not_there_says_why(matrix):
         assert "\n1. no such build\n" in page
 
 
+def test_tests_that_did_not_run_are_no_pass(matrix):
+    record = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cuda", "result": "passed", "tests": {}}
+    record |= {"without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
+    assert "| not run; import, `info` and `doctor` only | missing |" in matrix.render([record])
+    record |= {"tests": {"passed": 3}, "without": ["test_sharding.py"]}
+    assert "| 3 passed, 0 skipped, without `test_sharding.py` |" in matrix.render([record])
+
+
 def test_a_command_that_fails_is_told_by_what_it_printed(matrix, tmp_path):
     with pytest.raises(matrix.Failed, match="the finding"):
         matrix.run(["sh", "-c", "echo the finding; exit 3"], tmp_path)
