@@ -41,7 +41,7 @@ def register(op) -> None:
 
 
 def _register_moves() -> None:
-    """Rules for flip and roll, which DTensor has since torch 2.13. Ops turn their tables with these."""
+    """Rules for flip and roll, with which ops turn their tables: DTensor of torch 2.10 and 2.11 has none."""
     propagator = DTensor._op_dispatcher.sharding_propagator
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
         for overload in _MOVES:
@@ -50,9 +50,9 @@ def _register_moves() -> None:
 
 def _moved(schema: OpSchema) -> OpStrategy:
     """Every dimension that is moved along has to be whole; a sum over ranks may come before or after."""
-    given, moved = schema.args_schema[0], schema.args_schema[-1]
-    moved = [moved] if isinstance(moved, int) else moved or range(given.ndim)  # no dims: all of them
-    whole = {dimension % given.ndim for dimension in moved}
+    given, last = schema.args_schema[0], len(schema.op._schema.arguments) - 1
+    moved = schema.args_schema[last] if len(schema.args_schema) > last else ()
+    whole = {dimension % given.ndim for dimension in moved or range(given.ndim)}  # no dims: all of them
     rules = []
     for strategy in given.strategies:
         have = strategy.output_spec

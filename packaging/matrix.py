@@ -87,19 +87,17 @@ def install(cell: Path, python: str, torch: str, build: str, cache: Path) -> Non
     uv = [sys.executable, "-m", "uv", "--quiet", "--cache-dir", cache]
     own = {"UV_PYTHON_DOWNLOADS": "never", "UV_LINK_MODE": "hardlink", "UV_FIND_LINKS": ""}
     wanted = f"torch=={torch}" + ("+cpu" if build == "cpu" else "")
-    command = [*uv, "pip", "install", "--python", cell / "bin" / "python", wanted, *NEEDED_BY_TESTS]
-    sources = [[]]
-    if build == "cpu":
-        sources = [["--find-links", os.environ["UV_FIND_LINKS"]]] if os.environ.get("UV_FIND_LINKS") else []
-        sources.append(["--index", CPU_INDEX])
+    command = [*uv, "pip", "install", "--python", cell / "bin" / "python", wanted]
     reason = failure_of([*uv, "venv", "--seed", "--python", python, cell], cell.parent, **own)
+    if build == "cpu" and not reason:
+        sources = [["--find-links", os.environ["UV_FIND_LINKS"]]] if os.environ.get("UV_FIND_LINKS") else []
+        for source in (*sources, ["--index", CPU_INDEX]):
+            reason = failure_of([*command, "--no-deps", *source], cell, **own)
+            if not reason:
+                break
+    reason = reason or failure_of([*command, *NEEDED_BY_TESTS], cell, **own)
     if reason:
         raise Unavailable(reason)
-    for source in sources:
-        reason = failure_of([*command, *source], cell, **own)
-        if not reason:
-            return
-    raise Unavailable(reason)
 
 
 def failure_of(command: list, where: Path, **environment: str) -> str:
@@ -107,7 +105,7 @@ def failure_of(command: list, where: Path, **environment: str) -> str:
     try:
         run(command, where, **environment)
     except Failed as failure:
-        return " ".join(str(failure).split())
+        return re.sub(r" in [\d.]+m?s\b", "", " ".join(str(failure).split()))  # so that the same reads the same
     return ""
 
 
