@@ -7,7 +7,7 @@ BUILT := $(VENV)/.built
 RELEASING := $(VENV)/.releasing
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install test bench report accuracy docs docs-serve lint format wheel reproducible clean
+.PHONY: help install test bench report accuracy docs docs-serve lint format wheel reproducible matrix aarch64 clean
 
 help:
 	@echo "make test      install into $(VENV), build, run the tests"
@@ -18,6 +18,8 @@ help:
 	@echo "make lint      ruff and clang-format; make format applies them"
 	@echo "make wheel     one audited py3-none-manylinux wheel in dist/; CUDA=12 insists on that nvcc, CUDA=0 has no CUDA kernels"
 	@echo "make reproducible  build the wheel of HEAD twice in two places and compare the bytes"
+	@echo "make matrix    try that wheel under every Python and torch, write docs/compatibility.md; about 30 GB of downloads"
+	@echo "make aarch64   cross-compile the CPU library for aarch64 and run its kernels in qemu"
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +70,14 @@ wheel: $(RELEASING)
 
 reproducible: $(RELEASING)
 	$(BIN)/python packaging/check_reproducible.py
+
+# WHEEL=..., and MATRIX="--torch 2.13.0 --python 3.11" for some cells only.
+matrix: install
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+	$(BIN)/python packaging/matrix.py $(or $(WHEEL),$(firstword $(wildcard dist/effattn-*x86_64.whl))) $(MATRIX)
+
+aarch64: install
+	$(BIN)/python packaging/aarch64.py
 
 clean:
 	rm -rf build dist *.egg-info effattn/_cpu.so $(BUILT)

@@ -48,7 +48,7 @@ X86_LEVELS = {
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vpopcntdq -mprefer-vector-width=512",
 }
-LEVELS = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}.get(platform.machine(), {})
+LEVELS_OF = {"x86_64": X86_LEVELS, "aarch64": {"baseline": ""}}
 LOCAL_VERSION = "+" + os.environ["EFFATTN_LOCAL_VERSION"] if os.environ.get("EFFATTN_LOCAL_VERSION") else ""
 PROBE = """template <class T> concept Any = true;
 typedef int Vector __attribute__((vector_size(16)));
@@ -65,6 +65,21 @@ def compiler():
         return shlex.split(os.environ["CXX"])
     found = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
     return [found] if found else []
+
+
+def machine():
+    """What is compiled for: with a cross compiler in CXX not this machine. torch of that machine has to be visible to the build."""
+    if "CXX" in os.environ:
+        try:
+            asked = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True, check=False)
+        except OSError:
+            return platform.machine()  # missing() tells of the compiler
+        return asked.stdout.partition("-")[0] or platform.machine()
+    return platform.machine()
+
+
+MACHINE = machine()
+LEVELS = LEVELS_OF.get(MACHINE, {})
 
 
 def compiles(command):
@@ -97,7 +112,7 @@ def unsupported():
     if os.environ.get("EFFATTN_NATIVE") == "0":
         return "EFFATTN_NATIVE=0"
     if sys.platform != "linux" or not LEVELS:
-        return f"there are no compiled kernels for {sys.platform} {platform.machine()}"
+        return f"there are no compiled kernels for {sys.platform} {MACHINE}"
     return None
 
 
@@ -306,8 +321,10 @@ class AnyPythonWheel(bdist_wheel):
     """No CPython API inside: the tag names the platform only."""
 
     def get_tag(self):
-        python, abi, machine = super().get_tag()
-        return ("py3", "none", machine) if self.distribution.has_ext_modules() else (python, abi, machine)
+        python, abi, system = super().get_tag()
+        if platform.machine() != MACHINE:
+            system = f"linux_{MACHINE}"
+        return ("py3", "none", system) if self.distribution.has_ext_modules() else (python, abi, system)
 
 
 # Metadata is asked for by separate runs of this file; only those that build look for a compiler and speak.

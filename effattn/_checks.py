@@ -195,6 +195,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+def movable(tensor: Tensor) -> Tensor:
+    """``tensor``, which can be flipped and rolled from here on: for a DTensor old releases of torch have no rules."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        from . import _sharding  # noqa: F401 - which adds them
+    return tensor
+
+
 def constant(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor``, which every rank computes alike, as an operand beside ``like``: replicated where that is a DTensor."""
     if type(like) in (Tensor, torch.nn.Parameter):

@@ -23,6 +23,7 @@ from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, Ru
 from torch.distributed.tensor._ops.utils import generate_redistribute_costs
 
 _registered: set[torch._ops.OpOverload] = set()
+_MOVES = (torch.ops.aten.flip.default, torch.ops.aten.roll.default)
 
 
 def register(op) -> None:
@@ -37,6 +38,28 @@ def register(op) -> None:
             # Options decide rules and shapes of results: results of the propagation are kept for each apart.
             RuntimeSchemaInfo(static_argnum=tensors, needs_pytree=False),
         )
+
+
+def _register_moves() -> None:
+    """Rules for flip and roll, with which ops turn their tables: DTensor of torch 2.10 and 2.11 has none."""
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        for overload in _MOVES:
+            propagator.register_op_strategy(overload, _moved, RuntimeSchemaInfo(static_argnum=1))
+
+
+def _moved(schema: OpSchema) -> OpStrategy:
+    """Every dimension that is moved along has to be whole; a sum over ranks may come before or after."""
+    given, last = schema.args_schema[0], len(schema.op._schema.arguments) - 1
+    moved = schema.args_schema[last] if len(schema.args_schema) > last else ()
+    whole = {dimension % given.ndim for dimension in moved or range(given.ndim)}  # no dims: all of them
+    rules = []
+    for strategy in given.strategies:
+        have = strategy.output_spec
+        placements = tuple(Replicate() if isinstance(p, Shard) and p.dim in whole else p for p in have.placements)
+        want = DTensorSpec(have.mesh, placements, have.tensor_meta)
+        rules.append(OpSpec(want, (want,), [generate_redistribute_costs(given, want)]))
+    return OpStrategy(rules)
 
 
 def replicated(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -129,3 +152,6 @@ def _belong_together(axes: dict[str, tuple], given: dict[str, DTensorSpec], spli
         if not lengths or (len(lengths) > 1 and any(length % slices for length in lengths)):
             return False
     return True
+
+
+_register_moves()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import NamedTuple
 
 import rank_processes
@@ -13,6 +14,9 @@ import effattn
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6, 5
 LOG_DECAY = torch.tensor([-0.05, -(2.0**-44), float("-inf"), 0.0], dtype=torch.float64)
+
+# torch 2.10 and 2.11 always sort the ranks of a group.
+AS_GIVEN = {"sort_ranks": False} if "sort_ranks" in inspect.signature(dist.new_group).parameters else {}
 
 
 class Case(NamedTuple):
@@ -40,7 +44,7 @@ CASES = {
     "normalised, initial state and state": Case((4, 9, 0, 6), normalize="retnet", initial=True, state=True),
     "one rank": Case((13,), (2,), normalize="retnet", initial=True, state=True),
     "three ranks that do not begin at 0": Case((6, 2, 9), (1, 2, 3), initial=True, state=True),
-    "ranks in pairs": Case((6, 2), (3, 1), normalize="retnet", state=True),
+    "ranks in pairs": Case((6, 2), (3, 1) if AS_GIVEN else (1, 3), normalize="retnet", state=True),
     "float32": Case((40, 7, 33, 20), normalize="retnet", initial=True, state=True, dtype=torch.float32),
     "bfloat16": Case((40, 7, 33, 20), initial=True, state=True, dtype=torch.bfloat16),
     "under autocast": Case((9, 5, 3, 12), initial=True, state=True, dtype=torch.float32, autocast=True),
@@ -113,7 +117,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
 
     dist.batch_isend_irecv = recorded
     everybody = tuple(range(world_size))
-    groups = {ranks: dist.new_group(ranks, sort_ranks=False) for ranks in {case.ranks for case in CASES.values()}}
+    groups = {ranks: dist.new_group(ranks, **AS_GIVEN) for ranks in {case.ranks for case in CASES.values()}}
     groups[everybody] = None
     found = {
         name: run_rank(case, case.ranks.index(rank), groups[case.ranks], batches)

@@ -96,7 +96,7 @@ inline int32_t shim_dtype(ScalarType type) {
 
 inline TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(type), aoti_torch_device_type_cpu(), 0, &handle));
   return TorchTensor(handle);
 }
@@ -168,10 +168,10 @@ inline TorchTensor empty_like(const TorchTensor& tensor, const Tensor& view) {
 
 inline Runtime runtime() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return {
       static_cast<int>(threads), [](int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
       }};
 }
 

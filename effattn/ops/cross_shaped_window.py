@@ -406,10 +406,10 @@ def _relative_bias(table: Tensor | None, bias_index: str, size, overlap) -> Tens
         return None
     rows, columns = (2 * w + 2 * o - 1 for w, o in zip(size, overlap))
     if bias_index == "swin":
-        ordered = table.flip(0)
+        ordered = _checks.movable(table).flip(0)
     else:
         lowest = (2 - size[0] - 2 * overlap[0]) * columns + 2 - size[1] - 2 * overlap[1]
-        ordered = table.roll(-lowest, 0)
+        ordered = _checks.movable(table).roll(-lowest, 0)
     return ordered.t().float().contiguous().view(-1, rows, columns)
 
 

@@ -379,20 +379,20 @@ def _row_scale(query, log_decay, before, cu_seqlens, is_causal: bool, wants_last
     powers_below = powers(exact, position)
     geometric = torch.cat((powers_below.new_zeros(len(exact), 1), powers_below.cumsum(-1)), -1)  # of the first n powers
     if cu_seqlens is None:
-        sequence, lengths = torch.zeros_like(position), position.new_full((1,), length)
+        rows, lengths = geometric[:, 1:], position.new_full((1,), length)
     else:
         sequence = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
         position, lengths = position - cu_seqlens[sequence], cu_seqlens.diff().long()
-    rows = geometric[:, position + 1]
+        rows = geometric[:, position + 1]
     if not is_causal:
-        rows = rows + geometric[:, lengths[sequence] - position] - 1
+        rows = rows + (rows.flip(-1) if cu_seqlens is None else geometric[:, lengths[sequence] - position]) - 1
     elif before is not None:
         by_token = before[..., None] if cu_seqlens is None else before[sequence].t()
         rows = rows + powers(exact, position + 1) * by_token
     row_scale = rows.rsqrt().float().expand(query.shape[0], -1, -1).contiguous()
     if not wants_last:
         return row_scale, None
-    last = geometric[:, lengths].t()
+    last = (geometric[:, -1:] if cu_seqlens is None else geometric[:, lengths]).t()
     if before is not None:
         last = last + powers(exact, lengths).t() * before
     return row_scale, last.float().expand(query.shape[0] if cu_seqlens is None else -1, -1)

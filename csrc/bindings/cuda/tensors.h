@@ -43,7 +43,7 @@ class Device {
         guard_(index_)
 #endif
   {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type_));
 #ifndef EFFATTN_CUDA_EMULATED
     STD_TORCH_CHECK(type_ == aoti_torch_device_type_cuda(), "tensors must be on a CUDA device");
 #endif
@@ -52,14 +52,14 @@ class Device {
   void* stream() const {
     void* stream = nullptr;
 #ifndef EFFATTN_CUDA_EMULATED
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
 #endif
     return stream;
   }
 
   void check_holds(const TorchTensor& tensor, const char* name) const {
     int32_t type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     STD_TORCH_CHECK(type == type_ && tensor.get_device_index() == index_, name, " is on another device");
   }
 
@@ -74,7 +74,7 @@ class Device {
   }
   TorchTensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) const {
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type_, index_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type_, index_, &handle));
     return TorchTensor(handle);
   }
 

@@ -1,0 +1,54 @@
+"""docs/compatibility.md is what packaging/matrix.json records; the cells themselves take an hour: make matrix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    spec = importlib.util.spec_from_file_location("compatibility_matrix", ROOT / "packaging" / "matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def records(matrix):
+    return json.loads(matrix.RECORD.read_text())
+
+
+def test_committed_page_is_made_of_its_record(matrix, records):
+    assert matrix.render(records) == matrix.PAGE.read_text(), "stale; run: python packaging/matrix.py --render"
+
+
+def test_no_cell_is_recorded_as_failed(records):
+    assert [record for record in records if record["result"] == "failed"] == []
+
+
+def test_a_cell_that_failed_or_is_not_there_says_why(matrix):
+    asked = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cpu"}
+    for result in ("failed", "not to be had here"):
+        page = matrix.render([{**asked, "result": result, "reason": "no such build"}])
+        assert f"| 2.10.0, CPU build | 3.12 | {result} <sup>1</sup> | - |" in page
+        assert "\n1. no such build\n" in page
+
+
+def test_tests_that_did_not_run_are_no_pass(matrix):
+    record = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cuda", "result": "passed", "tests": {}}
+    record |= {"without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
+    assert "| not run; import, `info` and `doctor` only | missing |" in matrix.render([record])
+    record |= {"tests": {"passed": 3}, "without": ["test_sharding.py"]}
+    assert "| 3 passed, 0 skipped, without `test_sharding.py` |" in matrix.render([record])
+
+
+def test_a_command_that_fails_is_told_by_what_it_printed(matrix, tmp_path):
+    with pytest.raises(matrix.Failed, match="the finding"):
+        matrix.run(["sh", "-c", "echo the finding; exit 3"], tmp_path)
+    assert matrix.run(["sh", "-c", "echo fine"], tmp_path) == "fine\n"
