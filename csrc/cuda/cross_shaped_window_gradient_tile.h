@@ -11,7 +11,7 @@
 // delta, so O and LePE(V), from memory. The log-sum-exp is 4 bytes a row, and spares a maximum, a sum and a division.
 //
 // Shared memory, 64 rows each: q, k, v, dO; P and dS. V's rows belong to one warp once dP is there; they then stage
-// what it stores. A block walks `walk` groups of windows of one head, with the sums of LePE's gradients in registers.
+// what it stores. A block walks `walk` groups of windows of one head, and keeps its sums for LePE in shared memory.
 //
 // Bytes: 7 N D of 2, 4 N. FLOPs: 10 N K D.
 #pragma once
