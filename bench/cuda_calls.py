@@ -101,8 +101,8 @@ def token_merging(device: str) -> Iterator[Tensor]:
 def windows(device: str) -> Iterator[Tensor]:
     for dtype in DTYPES[1:]:
         for head_dim in (24, 30, 64):
-            q, k, v = (torch.randn(2, 2, 15 * 14, head_dim, device=device).to(dtype) for _ in range(3))
-            lepe = {"lepe_weight": torch.randn(2 * head_dim, 1, 3, 3, device=device)}
+            q, k, v = (torch.randn(2, 2, 15 * 14, head_dim, device=device).to(dtype).requires_grad_() for _ in range(3))
+            lepe = {"lepe_weight": torch.randn(2 * head_dim, 1, 3, 3, device=device, requires_grad=True)}
             for width in (1, 4, 15):
                 yield effattn.cross_shaped_window_attention(
                     q, k, v, (15, 14), width, **lepe, padding="zero_key", backend="cuda"
@@ -110,7 +110,12 @@ def windows(device: str) -> Iterator[Tensor]:
             table = torch.randn(13 * 13, 2, device=device)
             for padding in ("zero_key", "mask"):
                 yield effattn.window_attention(
-                    q, k, v, (15, 14), (7, 7), shift=(3, 3), bias_table=table, padding=padding, backend="cuda"
+                    *(x.detach() for x in (q, k, v)),
+                    *((15, 14), (7, 7)),
+                    shift=(3, 3),
+                    bias_table=table,
+                    padding=padding,
+                    backend="cuda",
                 )
 
 

@@ -116,6 +116,15 @@ def test_a_window_that_does_not_fit_shared_memory_is_streamed(backend, lepe):
 
 
 @CUDA
+@pytest.mark.parametrize("seed", range(4))
+def test_streamed_keys_that_take_no_part(backend, seed, monkeypatch):
+    """Three stages, so that a buffer is filled again."""
+    monkeypatch.setenv("EFFATTN_EMULATOR_SEED", str(seed))
+    options = {"stripe_width": 10, "orientation": "vertical", "padding": "mask"}
+    check("stripe_attention", (1, 1, 135, 64), torch.bfloat16, (15, 9), **options)
+
+
+@CUDA
 def test_several_windows_of_a_block_are_of_one_head_and_the_last_block_is_not_full(backend):
     check(
         "stripe_attention",

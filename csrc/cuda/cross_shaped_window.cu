@@ -263,15 +263,17 @@ __global__ void __maxnreg__((kRegisters<D, kRich>)) window_forward(const __grid_
       const int start = next * tile, row = next % 2 * tile, rounded = min(tile, (count - start + 7) / 8 * 8);
       if (active)
 #pragma unroll 1
-        for (int i = thread; i < rounded; i += threads) {
-          const Token token = slots.token(start + i);
-          key_tokens[row + i] = token.index;
-          if constexpr (kRich) {
+        for (int i = thread; i < rounded; i += threads) key_tokens[row + i] = slots.token(start + i).index;
+      sync_block();  // and the products with what was in this half of the buffers are done
+      if constexpr (kRich) {
+        if (active)
+#pragma unroll 1
+          for (int i = thread; i < rounded; i += threads) {
+            const Token token = slots.token(start + i);
             const bool takes_part = start + i < count && !(a.mask_padding && token.index < 0);
             codes[row + i] = takes_part ? mask_code(slots.half, slot_of(slots.half, start + i), token.region) : -1;
           }
-        }
-      sync_block();
+      }
       if (works && next == 0) {
         const TokenRows<T> query = a.query.at(slots.window.batch, place.head);
         each_block<D>(kWarpRows, lane, kWarp,

@@ -11,7 +11,7 @@
 // delta, so O and LePE(V), from memory. The log-sum-exp is 4 bytes a row, and spares a maximum, a sum and a division.
 //
 // Shared memory, 64 rows each: q, k, v, dO; P and dS. V's rows belong to one warp once dP is there; they then stage
-// what it stores. A block walks `walk` groups of windows of one head, with the sums of LePE's gradients in registers.
+// what it stores. A block walks `walk` groups of windows of one head, and keeps its sums for LePE in shared memory.
 //
 // Bytes: 7 N D of 2, 4 N. FLOPs: 10 N K D.
 #pragma once
@@ -131,10 +131,6 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
   const float scale_log2 = a.scale * kLog2E;
   const Lepe<D> lepe(shared.array<float>((kTaps + block_threads() / kWarp * kLepeSums) * D), a.lepe_weight, place.head,
       a.query.columns);
-  uint32_t near[2];  // a slot outside of the image is a row of zeros, as good as any
-#pragma unroll
-  for (int i = 0; i < 2; ++i) near[i] = team < share.teams ? taps_behind(half, first_slot + lane / 4 + 8 * i) : 0;
-
   const int last = min(a.groups[place.half], (place.chunk + 1) * a.walk);
   for (int group = place.chunk * a.walk; group < last; ++group) {
     const int member = group * share.teams + team;
@@ -211,13 +207,20 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
       load_left_transposed(left, p_tile, kScorePitch, first_row + step * 16, first_slot);
       add_rows(sums, left, g_tile, kPitch, first_row + step * 16);
     }
-    if (a.lepe_weight != nullptr)
+    if (a.lepe_weight != nullptr) {
+      uint32_t near[2];  // a slot outside of the image is a row of zeros, as good as any
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int slot = opaque(first_slot) + lane / 4 + 8 * i;  // not kept from window to window
+        near[i] = team < share.teams ? taps_behind(half, slot) : 0;
+      }
       lepe.template add<1>(
           sums, half, near,
           [&](int i, int column) { return v_tile.template load<2>((row + lane / 4 + 8 * i) * kPitch + column); },
           [&](int i, int y, int x, int column) {
             return g_tile.template load<2>((row + lane / 4 + 8 * i - y * half.width - x) * kPitch + column);
           });
+    }
     store_rows(a.grad_value.at(batch, place.head), sums, 1.0f, v_tile, kPitch, row, token);
 
 #pragma unroll
