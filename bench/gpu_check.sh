@@ -122,7 +122,7 @@ tests=("$python" -m pytest -q -p no:cacheprovider)
 on_gpu "gpu tests" 45 "${tests[@]}" tests -m gpu
 on_gpu "operators" 110 "${tests[@]}" -n 6 tests/test_conformance.py tests/test_conformance_calls.py \
   tests/test_conformance_torch.py tests/test_shift_linear.py tests/test_packed_bits.py tests/test_shift_add.py \
-  tests/test_retention.py tests/test_cuda_retention.py tests/test_*toeplitz*.py -k "cuda or triton"
+  tests/test_retention.py tests/test_cuda_retention.py tests/test_cuda_window*.py tests/test_*toeplitz*.py -k "cuda or triton"
 
 # A tensor that ends where the allocator's block does not would hide an overrun.
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --print-limit 20)
