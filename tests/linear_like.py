@@ -32,7 +32,10 @@ def layouts_of(matrix: Tensor):
 
 
 def assert_close_enough(call, backend: str, *tensors: Tensor) -> None:
-    """The accuracy rule for ``call(backend, *tensors)`` and the gradients of those tensors that require one."""
+    """The accuracy rule for ``call(backend, *tensors)`` and the gradients of those tensors that require one.
+
+    Eager's error is the largest over the tensors and seven shuffles of their elements: of few elements one draw is an accident.
+    """
 
     def run(name: str, inputs):
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
@@ -44,13 +47,21 @@ def assert_close_enough(call, backend: str, *tensors: Tensor) -> None:
         grad = torch.randn(output.shape, generator=generator).to(tensors[0].dtype).to(output)
         return [output.detach(), *torch.autograd.grad(output, wrt, grad)]
 
-    got, low = run(backend, tensors), run("reference", tensors)
-    exact = run("reference", [t.double() for t in tensors])
-    for index, (ours, eager, wanted) in enumerate(zip(got, low, exact)):
-        assert (ours.shape, ours.dtype) == (eager.shape, eager.dtype)
+    got, factors = run(backend, tensors), [FORWARD_FACTOR] + [GRADIENT_FACTOR] * len(tensors)
+    draws = [tensors, *([_shuffled(t, seed) for t in tensors] for seed in range(7))]
+    eager, exact = (
+        [run("reference", draw) for draw in group] for group in (draws, [[t.double() for t in d] for d in draws])
+    )
+    for index, (ours, wanted, factor) in enumerate(zip(got, exact[0], factors)):
+        assert (ours.shape, ours.dtype) == (eager[0][index].shape, eager[0][index].dtype)
         if not wanted.numel():
             continue
-        factor = FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR
-        error, budget = ((t.double() - wanted).abs().max().item() for t in (ours, eager))
-        budget = factor * budget + torch.finfo(ours.dtype).eps * wanted.abs().max().item()
+        low = max((e[index].double() - w[index]).abs().max().item() for e, w in zip(eager, exact))
+        error = (ours.double() - wanted).abs().max().item()
+        budget = factor * low + torch.finfo(ours.dtype).eps * wanted.abs().max().item()
         assert error <= budget, f"result {index}: error {error:.3e}, budget {budget:.3e}"
+
+
+def _shuffled(tensor: Tensor, seed: int) -> Tensor:
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(seed)).to(tensor.device)
+    return tensor.detach().flatten()[order].view(tensor.shape).requires_grad_(tensor.requires_grad)

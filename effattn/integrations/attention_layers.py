@@ -128,7 +128,7 @@ class _MultiheadAttention:
             mask = getattr(self, LAYER).mask
             if mask is not None:
                 raise NotImplementedError(
-                    f"effattn.patch: nn.MultiheadAttention with a {type(mask).__name__} does not take {problem}"
+                    f"effattn.patch: nn.MultiheadAttention does not take {problem} where rules gave it a {type(mask).__name__}"
                 )
             options = {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, **options)
