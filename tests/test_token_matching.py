@@ -370,7 +370,8 @@ print(own._native.isa())
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_makes_the_same_plan(level):
     require(OP, "cpu")
-    if level == _native.isa():
+    pairs_on_intel = level == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    if level == _native.isa() and not pairs_on_intel:
         pytest.skip("the level of every other test in this run")
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "EFFATTN_CPU_ISA": level, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}

@@ -50,9 +50,11 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> bipartite_match(TorchTensor me
   TorchTensor source = empty({batch, tokens}, ScalarType::Int), members = empty({batch, tokens}, ScalarType::Int),
               offsets = empty({batch, outputs + 1}, ScalarType::Int);
   const auto data = [](const TorchTensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
-  kernels().bipartite_match({m, sizes_of(sizes, batch, tokens), num_merged, num_protected, distill_token, threshold,
-                                outputs, data(source), data(members), data(offsets)},
-      runtime());
+  // of the level whose bf16 products are the faster ones: they are most of its time
+  kernels(DType::kBFloat16)
+      .bipartite_match({m, sizes_of(sizes, batch, tokens), num_merged, num_protected, distill_token, threshold, outputs,
+                           data(source), data(members), data(offsets)},
+          runtime());
   return {std::move(source), std::move(members), std::move(offsets)};
 }
 
