@@ -107,6 +107,38 @@ BELOW = (
         NOTHING,
     ),
     Reason(
+        "retention, results of 32 MB and more",
+        lambda p: _is(p, "retention") and p.row["shape"][2] >= 16384,
+        "Results of that size are mapped anew at every call and the system clears their pages first: with an allocator that keeps them (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`) "
+        "the forward of 65536 tokens took 77 ms instead of 222, of 16384 tokens 20 instead of 65, in one run each.",
+        "Streaming stores, in the one-token step, which has the same cause: nothing ([notes](cpu_engine.md#retention)).",
+    ),
+    Reason(
+        "retention, training, on two fp32 units",
+        lambda p: _is(p, "retention", training=True),
+        "The peak is twice that of the other machine, the traffic is not: by the [prices of the fit](scaling.md#time) rows are read and gradients written in 1.3 of 4.1 ms at 1024 tokens, 0.6 are per token "
+        "and per call, products the rest.",
+        NOTHING,
+    ),
+    Reason(
+        "Gaussian mixture, 256 tokens, training",
+        lambda p: _is(p, "gaussian_mixture", training=True) and p.row["shape"][2] == 256,
+        "By the prices of the fit 0.9 of 2.5 ms are per call, per token and per channel: packing, and parameters' gradients.",
+        NOTHING,
+    ),
+    Reason(
+        "shift-add attention, float32",
+        lambda p: _is(p, "attention", dtype="float32"),
+        "By the prices of the fit a token costs 34 ns (110 in training) beside its products: 0.21 of 0.51 ms at 784 tokens, 0.69 of 2.75 in training, on a machine whose peak is twice that of the other.",
+        NOTHING,
+    ),
+    Reason(
+        "match and merge, up to 1024 tokens",
+        lambda p: _is(p, "match and merge") and p.row["shape"][2] <= 1024,
+        "Merging, which moves rows, is 39 % of the time of one thread at 256 tokens and 25 % at 1024, where the ceiling counts the products of matching alone.",
+        "Matching by the fp32 kernels on Intel, whose products of bf16 pairs are slower: 1.17 to 0.79 ms at 1024 tokens, 169 to 118 at 16384.",
+    ),
+    Reason(
         "shift-add attention, bfloat16",
         lambda p: _is(p, "attention", dtype="bfloat16"),
         "Sums of selected rows are computed in float32, at half the peak that the ceiling is taken from; a profile has another 17 % in turning rows to float32. The forward of 32 x 5 x 196 is not explained: "

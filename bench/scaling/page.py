@@ -78,8 +78,8 @@ UNITS = f"""* **call**: 1. **tokens**: B H N. **channels**: B H N D.
 * **states**: B H N D² of a scan over chunks, B H D² of `retention_step`.
 * **transformed**, **butterflies**: L and L log2 L times B H M (D + 1), with L the transform's length, the least 2^a 3^b 5^c from 2N - 1.
   **table**: L log2 L, once a call.
-* **border**: entries of shifted windows at the border of the grid times D. Some of their pairs are masked by -100, as published, and
-  weights of e^-100 are denormal numbers, which some CPUs are slow with.
+* **border**: entries of shifted windows at the border of the grid times D. Some of their pairs are masked by -100, as published,
+  which once made denormal weights, slow on some CPUs; now they are 0.
 * **far**, **fresh**: bytes of a result beyond {CACHES >> 20} MB (the second-level caches) and from {MAPPED >> 20} MB (which glibc maps anew at every call).
 * **weights**: H N² of `masked_product_attention`, in x out of `shift_linear`. **words**: pairs times D / 32, of bits.
 * Of `bipartite_soft_matching` a quarter of the tokens is merged, N² / 4 pairs; `soft_merge` makes N / 4 tokens of N.

@@ -65,7 +65,7 @@ def window_density(size: Size) -> float:
 
 
 def shifted(size: Size) -> Units:
-    """Where shifted windows meet the border they hold pairs that are masked by -100, whose weights are denormal."""
+    """Where shifted windows meet the border they hold pairs that are masked by -100, whose weights were denormal once."""
     windows = 2 * grid(size.tokens)[0] // WINDOW - 1
     return pairs(window_density)(size) | {"border": size.items * windows * WINDOW**4 * size.head_dim}
 
