@@ -567,6 +567,16 @@ def measure(
     return entries
 
 
+def _served(backend: str, problem: Problem, dtype: torch.dtype) -> list[Entry] | str:
+    """What is measured, or why a GPU's backend does not serve the call; the others serve every problem of the table."""
+    try:
+        return measure(backend, dtypes=[dtype], problems=[problem])
+    except NotImplementedError as error:
+        if backend in ("cpu", "reference"):
+            raise
+        return str(error).partition(". Others:")[0]
+
+
 def _measure(problem: Problem, backend: str, dtype: torch.dtype, device: str) -> list[Entry]:
     pooled = _draw(problem, backend, dtype, device, 0)
     for seed in range(1, DRAWS):
@@ -657,14 +667,9 @@ def main() -> int:
     options = parser.parse_args()
     if "triton" in options.backend and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    entries, refused = [], []
-    for backend, problem, dtype in itertools.product(options.backend, PROBLEMS, DTYPES):
-        try:
-            entries += measure(backend, dtypes=[dtype], problems=[problem])
-        except NotImplementedError as error:
-            if backend in ("cpu", "reference"):  # which serve every problem of the table
-                raise
-            refused.append(str(error).partition(". Others:")[0])
+    found = [_served(*what) for what in itertools.product(options.backend, PROBLEMS, DTYPES)]
+    entries = [entry for measured in found if not isinstance(measured, str) for entry in measured]
+    refused = [reason for reason in found if isinstance(reason, str)]
     page = markdown(entries)
 
     def write(name: str) -> None:
