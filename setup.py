@@ -157,7 +157,9 @@ def torch_includes():
 def link(option=""):
     """Arguments that link torch, each with ``option`` before it if it is the linker's own.
 
-    libstdc++ comes first: torch exports some of its symbols, unversioned, and not in every build of it.
+    libstdc++ comes first: torch exports some of its symbols, unversioned, and not in every build of it. All are linked
+    whether needed or not, for libtorch.so brings libtorch_cuda.so where there is one. (No --as-needed ends that: nvcc puts
+    all options of the linker before all libraries.)
     """
     linker = [
         "-s",
@@ -165,8 +167,7 @@ def link(option=""):
         f"-L{torch_directory() / 'lib'}",
         "--no-as-needed",
     ]
-    after = f"-lstdc++ -ltorch_cpu -ltorch -lc10 {option}--as-needed"
-    return " ".join(option + shlex.quote(argument) for argument in linker) + " " + after
+    return " ".join(option + shlex.quote(argument) for argument in linker) + " -lstdc++ -ltorch_cpu -ltorch -lc10"
 
 
 def relative(source):

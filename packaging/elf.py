@@ -24,6 +24,13 @@ def undefined(path):
         }
 
 
+def needed(path):
+    """Names of the libraries that are loaded with it."""
+    with open(path, "rb") as file:
+        tags = ELFFile(file).get_section_by_name(".dynamic").iter_tags("DT_NEEDED")
+        return [tag.needed for tag in tags]
+
+
 def exported(path):
     """Names that other libraries could bind to."""
     with open(path, "rb") as file:

@@ -108,6 +108,8 @@ def problems(wheel):
                 f"{name} needs {symbol}, which is not of torch's stable ABI" for symbol in elf.unstable(library)
             )
             yield from (f"{name} exports {symbol}" for symbol in elf.exported(library))
+            if "libtorch.so" not in elf.needed(library):
+                yield f"{name} is not linked with libtorch.so, which brings libtorch_cuda.so"
             yield from _second_opinion(library)
     if wheel.stat().st_size >= BYTES:
         yield f"{wheel.stat().st_size} bytes, the limit is {BYTES}"

@@ -35,6 +35,7 @@ def test_of_torch_a_library_needs_only_the_stable_abi(library):
     assert "torch_call_dispatcher" in needed
     assert elf.unstable(library) == []
     assert elf.exported(library) == []
+    assert "libtorch.so" in elf.needed(library)  # brings libtorch_cuda.so, where the stream and the device are
 
 
 def test_symbols_of_torch_outside_the_stable_abi_are_found(tmp_path):
