@@ -15,13 +15,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import elf
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "aarch64"
 TORCH = "2.10.0"  # the oldest that the package takes
 COMPILER = "aarch64-linux-gnu-g++"
 SYSTEM = "/usr/aarch64-linux-gnu"
 SYSTEM_LIBRARIES = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-aarch64.so.1")
-DEFINED = "TWVBDRi"
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -70,15 +71,6 @@ def built_wheel(source: Path, torch: Path) -> Path:
     return Path(shutil.copy2(wheel, ROOT / "dist"))
 
 
-def symbols(library: Path, kinds: str) -> set[str]:
-    """Names in the dynamic symbol table of one of these kinds, as nm abbreviates them."""
-    printed = subprocess.run(
-        ["aarch64-linux-gnu-nm", "--dynamic", library], capture_output=True, text=True, check=True
-    ).stdout
-    lines = (line.split()[-2:] for line in printed.splitlines())
-    return {name.partition("@")[0] for kind, name in lines if kind in kinds}
-
-
 def check_library(wheel: Path, torch: Path) -> None:
     """It is for aarch64, and torch for aarch64 or the system has every symbol that it wants."""
     with zipfile.ZipFile(wheel) as archive:
@@ -86,9 +78,9 @@ def check_library(wheel: Path, torch: Path) -> None:
     header = run("aarch64-linux-gnu-readelf", "--file-header", library, capture_output=True, text=True).stdout
     if not re.search(r"Machine:\s+AArch64", header):
         sys.exit(f"{library} is not for aarch64:\n{header}")
-    wanted = symbols(library, "U")
-    ours = set.union(*(symbols(torch / "torch" / "lib" / name, DEFINED) for name in ("libtorch_cpu.so", "libc10.so")))
-    system = set.union(*(symbols(Path(SYSTEM, "lib", name), DEFINED) for name in SYSTEM_LIBRARIES))
+    wanted = set(elf.undefined(library))
+    ours = {symbol for name in ("libtorch_cpu.so", "libc10.so") for symbol in elf.exported(torch / "torch/lib" / name)}
+    system = {symbol for name in SYSTEM_LIBRARIES for symbol in elf.exported(Path(SYSTEM, "lib", name))}
     if lacking := sorted(wanted - ours - system):
         sys.exit(f"nothing defines {', '.join(lacking)}")
     print(f"{library.name}: AArch64; {len(wanted - system)} symbols of torch {TORCH}, all there")

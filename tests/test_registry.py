@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance import skip_level_of_other_tests
 
 import effattn
 from effattn import _native, _registry
@@ -178,9 +179,7 @@ def test_package_without_the_library_logs_the_reason_once(bare):
 def test_every_instruction_set_keeps_the_accuracy_rule(level):
     if not _native.loaded:
         pytest.skip(_native.problem)
-    pairs_on_intel = level == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    if level == _native.isa() and not pairs_on_intel:
-        pytest.skip("the level of every other test in this run")
+    skip_level_of_other_tests(level)
     environment = {"EFFATTN_CPU_ISA": level}
     chosen = python("import effattn; print(effattn._native.isa())", PACKAGE.parent, **environment)
     if chosen.stdout.strip() != level:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import LAYOUTS, Placed, backends_of, device_of, is_slow, require
+from conformance import LAYOUTS, Placed, backends_of, device_of, is_slow, require, skip_level_of_other_tests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from effattn import _native, bipartite_soft_matching
+from effattn import bipartite_soft_matching
 from effattn.ops.token_merging import match
 
 OP = "bipartite_soft_matching"
@@ -370,9 +370,7 @@ print(own._native.isa())
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_makes_the_same_plan(level):
     require(OP, "cpu")
-    pairs_on_intel = level == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    if level == _native.isa() and not pairs_on_intel:
-        pytest.skip("the level of every other test in this run")
+    skip_level_of_other_tests(level)
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "EFFATTN_CPU_ISA": level, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     ran = subprocess.run([sys.executable, "-c", LEVEL], env=environment, capture_output=True, text=True, timeout=300)

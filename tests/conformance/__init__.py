@@ -20,7 +20,7 @@ from .cases import (
     small,
 )
 from .layouts import LAYOUTS, Placed, place
-from .modes import GuardedAllocations, RecordedCalls, fresh_compiler, launch
+from .modes import GuardedAllocations, RecordedCalls, fresh_compiler, launch, skip_level_of_other_tests
 from .rule import Result, assert_same_bits, assert_within_budget, run
 
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "place",
     "require",
     "run",
+    "skip_level_of_other_tests",
     "small",
 ]

@@ -1,14 +1,18 @@
-"""Dispatch modes that watch what an operator does underneath."""
+"""Dispatch modes that watch what an operator does underneath, and the state of the process that tests set or ask for."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from effattn import _native
 
 
 class RecordedCalls(TorchDispatchMode):
@@ -72,3 +76,10 @@ def fresh_compiler():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
         yield
     torch._dynamo.reset()
+
+
+def skip_level_of_other_tests(level: str) -> None:
+    """Skip what other tests of this run do at that level of instruction sets; on Intel bf16 pairs run by name only."""
+    pairs_by_name = level == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    if level == _native.isa() and not pairs_by_name:
+        pytest.skip("the level of every other test in this run")
