@@ -354,7 +354,7 @@ def test_same_plan_for_any_number_of_threads(batch):
 
 
 LEVEL = """
-import torch, test_token_matching as own
+import effattn, torch, test_token_matching as own
 torch.set_num_threads(1)
 for dtype in own.DTYPES:
     own.test_any_length_of_token("cpu", dtype)
@@ -363,7 +363,7 @@ own.test_any_magnitude("cpu", torch.float32)
 own.test_equal_and_parallel_tokens_tie("cpu", torch.bfloat16)
 own.test_more_tokens_than_one_block_holds("cpu")
 own.test_tokens_that_hardly_differ_are_told_apart("cpu", 1e-3)
-print(own._native.isa())
+print(effattn._native.isa())
 """
 
 
