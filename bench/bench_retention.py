@@ -61,9 +61,9 @@ def _retention(case: Case, inputs: Inputs, training: bool) -> Call:
 
 
 def _retention_flops(case: Case) -> float:
-    """Scores and output inside chunks, reading and updating the state."""
-    values = case.output_shape[3]
-    per_token = 2.0 * min(CHUNK, case.tokens) * (case.head_dim + values) + 4.0 * case.head_dim * values
+    """Scores and output inside chunks, reading and updating the state of each direction."""
+    values, states = case.output_shape[3], 2 if case.operator == BIDIRECTIONAL else 1
+    per_token = 2.0 * min(CHUNK, case.tokens) * (case.head_dim + values) + 4.0 * states * case.head_dim * values
     return case.batch * case.heads * case.tokens * per_token
 
 

@@ -20,6 +20,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "resources"
 CHIPS = {"sm_80": "80", "sm_90": "90a"}  # Triton's name -> nvcc's
+STARTED_WITH = {
+    "window_forward": 256,
+    "finish_splits": 256,
+    "sum_splits": 256,
+}  # most threads where no launch bound says
 TRITON_CASES: dict[str, dict[str, tuple[int, ...]]] = {  # family -> operation of tests/triton_compiler.py -> sizes
     "cross_shaped_window": {
         "window_stripes_1": (24, 32),
@@ -146,17 +151,18 @@ def parse_cuda(ptxas: str, ptx: str) -> list[dict]:
                 "registers": int(said["registers"]),
                 "spilled": int(said["stack"]),
                 "shared": int(static[1]) if static else 0,
-                "threads": int(bound[1]) if bound else 1024,
+                "threads": int(bound[1]) if bound else 0,
                 "dynamic": any(re.search(rf"\b{name}\b", entry["body"]) for name in external),
             }
         )
-    return _plainly_named(found)
+    _name_plainly(found)
+    for kernel in found:
+        kernel["threads"] = kernel["threads"] or STARTED_WITH[kernel["name"]]
+    return found
 
 
-def _plainly_named(kernels: list[dict]) -> list[dict]:
-    """Without the parameters and the namespaces of the C++ name, its template arguments as the shape."""
-    if not kernels or shutil.which("c++filt") is None:
-        return kernels
+def _name_plainly(kernels: list[dict]) -> None:
+    """Takes the parameters and the namespaces out of C++ names, and their template arguments as the shape."""
     mangled = "\n".join(kernel["name"] for kernel in kernels)
     names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
     for kernel, name in zip(kernels, names):
@@ -164,7 +170,6 @@ def _plainly_named(kernels: list[dict]) -> list[dict]:
         plain = re.match(r"([\w:]+)(<.*?>)?\(", name)
         if plain:
             kernel["name"], kernel["shape"] = plain[1], (plain[2] or "").strip("<>")
-    return kernels
 
 
 def triton_kernels(kept_only: bool = False, missing: list[str] | None = None) -> Iterator[Kernel]:

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,12 @@ def test(cell: Path, jobs: int, without: list[str]) -> dict:
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
 
 
+def commit_of(wheel: Path) -> str | None:
+    """The commit that a wheel's record of its making names."""
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("effattn/_build.json"))["commit"]
+
+
 def try_cell(options, python: str, torch: str, build: str) -> dict:
     """The record of one cell."""
     work, wheel = options.work.resolve(), options.wheel.resolve()
@@ -148,7 +155,7 @@ def try_cell(options, python: str, torch: str, build: str) -> dict:
     shutil.rmtree(cell, ignore_errors=True)
     begun = time.monotonic()
     record = {"build": build, "wheel": wheel.name, "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()}
-    record["without"] = options.without
+    record |= {"commit": commit_of(wheel), "without": options.without}
     try:
         install(cell, python, torch, build, work / "cache")
         record["seconds to install"] = round(time.monotonic() - begun)
@@ -221,19 +228,23 @@ def counted(record: dict) -> str:
 def render(records: list[dict]) -> str:
     """The page of these records."""
     lines = [HEADER.format(tests="\n".join(f"- `{name}`" for name in TESTS))]
-    lines += ["| torch | Python | CPU tests | CUDA library |", "| --- | --- | --- | --- |"]
-    reasons: dict[str, int] = {}
+    lines += ["| torch | Python | CPU tests | CUDA library | wheel of commit |", "| --- | --- | --- | --- | --- |"]
+    unavailable: dict[tuple[str, str], list[str]] = {}
     for record in sorted(records, key=place):
         torch = record.get("torch", f"{record['asked torch']}, {record['build'].upper()} build")
         python = record.get("python", record["asked python"])
+        if record["result"] == "not to be had here":
+            unavailable.setdefault((torch, record["reason"].split("cause: ")[-1]), []).append(python)
+            continue
         if record["result"] == "passed":
             tests = counted(record)
             cuda = f"loads, {record['cuda ops']} ops" if record["cuda library"] else record["cuda problem"]
         else:
-            number = reasons.setdefault(record["reason"], len(reasons) + 1)
-            tests, cuda = f"{record['result']} <sup>{number}</sup>", "-"
-        lines.append(f"| {torch} | {python} | {tests} | {cuda} |")
-    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+            tests, cuda = "failed: " + " ".join(record["reason"].replace("|", "/").split()), "-"
+        lines.append(f"| {torch} | {python} | {tests} | {cuda} | {(record.get('commit') or 'unknown')[:10]} |")
+    lines += ["", "Not to be had on this machine:", ""] if unavailable else []
+    for (torch, reason), pythons in unavailable.items():
+        lines.append(f"- {torch}, for Python {', '.join(pythons)}: {reason}")
     return "\n".join(lines).rstrip() + "\n" + AARCH64
 
 

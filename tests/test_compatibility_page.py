@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,17 @@ def test_no_cell_is_recorded_as_failed(records):
 
 
 def test_a_cell_that_failed_or_is_not_there_says_why(matrix):
-    asked = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cpu"}
-    for result in ("failed", "not to be had here"):
-        page = matrix.render([{**asked, "result": result, "reason": "no such build"}])
-        assert f"| 2.10.0, CPU build | 3.12 | {result} <sup>1</sup> | - |" in page
-        assert "\n1. no such build\n" in page
+    asked = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cpu", "commit": "0123456789abcdef"}
+    page = matrix.render([{**asked, "result": "failed", "reason": "this | that\nis wrong"}])
+    assert "| 2.10.0, CPU build | 3.12 | failed: this / that is wrong | - | 0123456789 |" in page
+    gone = [{**asked, "asked python": python, "result": "not to be had here", "reason": "no: cause: no index"} for python in ("3.10", "3.12")]  # fmt: skip
+    assert "\n- 2.10.0, CPU build, for Python 3.10, 3.12: no index\n" in matrix.render(gone)
 
 
 def test_tests_that_did_not_run_are_no_pass(matrix):
     record = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cuda", "result": "passed", "tests": {}}
     record |= {"without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
-    assert "| not run; import, `info` and `doctor` only | missing |" in matrix.render([record])
+    assert "| not run; import, `info` and `doctor` only | missing | unknown |" in matrix.render([record])
     record |= {"tests": {"passed": 3}, "without": ["test_sharding.py"]}
     assert "| 3 passed, 0 skipped, without `test_sharding.py` |" in matrix.render([record])
 
@@ -52,3 +53,9 @@ def test_a_command_that_fails_is_told_by_what_it_printed(matrix, tmp_path):
     with pytest.raises(matrix.Failed, match="the finding"):
         matrix.run(["sh", "-c", "echo the finding; exit 3"], tmp_path)
     assert matrix.run(["sh", "-c", "echo fine"], tmp_path) == "fine\n"
+
+
+def test_a_wheel_names_its_commit(matrix, tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as archive:
+        archive.writestr("effattn/_build.json", '{"commit": "0123"}')
+    assert matrix.commit_of(tmp_path / "some.whl") == "0123"

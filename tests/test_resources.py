@@ -108,8 +108,8 @@ ptxas info    : Function properties for _Z4scanPf
     24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size, 512 bytes smem, 360 bytes cmem[0]
 ptxas info    : Compile time = 3.1 ms
-ptxas info    : Compiling entry function '_Z4plusPf' for 'sm_80'
-ptxas info    : Function properties for _Z4plusPf
+ptxas info    : Compiling entry function '_Z10sum_splitsPf' for 'sm_80'
+ptxas info    : Function properties for _Z10sum_splitsPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 8 registers, used 0 barriers, 360 bytes cmem[0]
 """
@@ -123,7 +123,7 @@ PTX = """.extern .shared .align 16 .b8 memory[];
 	mov.u32 %r1, memory;
 	ret;
 }
-.visible .entry _Z4plusPf(
+.visible .entry _Z10sum_splitsPf(
 	.param .u64 a
 )
 {
@@ -133,10 +133,15 @@ PTX = """.extern .shared .align 16 .b8 memory[];
 
 
 def test_what_ptxas_and_the_ptx_tell_is_read():
-    scan, plus = resources_compile.parse_cuda(PTXAS, PTX)
+    scan, total = resources_compile.parse_cuda(PTXAS, PTX)
     assert scan == {"name": "scan", "shape": "", "registers": 40, "spilled": 24, "shared": 512, "threads": 256, "dynamic": True}  # fmt: skip
-    assert (plus["name"], plus["registers"], plus["spilled"], plus["shared"]) == ("plus", 8, 0, 0)
-    assert (plus["threads"], plus["dynamic"]) == (1024, False)
+    assert (total["name"], total["registers"], total["spilled"], total["shared"]) == ("sum_splits", 8, 0, 0)
+    assert (total["threads"], total["dynamic"]) == (256, False)
+
+
+def test_threads_that_nothing_tells_are_not_guessed():
+    with pytest.raises(KeyError, match="plus"):
+        resources_compile.parse_cuda(PTXAS.replace("_Z10sum_splitsPf", "_Z4plusPf"), PTX.replace("_Z10sum_splitsPf", "_Z4plusPf"))  # fmt: skip
 
 
 def test_a_kernel_that_did_not_compile_stops_the_page():
