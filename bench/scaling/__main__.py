@@ -12,7 +12,7 @@ from effattn._files import INTERRUPTED, exit_status
 
 from ..recorded import RESULTS
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def main(argv: list[str] | None = None) -> int:

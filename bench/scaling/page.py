@@ -78,8 +78,7 @@ UNITS = f"""* **call**: 1. **tokens**: B H N. **channels**: B H N D.
   {WINDOW}² / N of windows of {WINDOW} x {WINDOW}, {STRIPE} (h + w) / 2N of stripes {STRIPE} wide. **products**: pairs times D, of
   `kernelized_rpe_attention` times M + D with M = 32 features.
 * **states**: B H N D² of a scan over chunks, B H D² of `retention_step`.
-* **transformed**, **butterflies**: L and L log2 L times B H M (D + 1), with L the transform's length, the least 2^a 3^b 5^c from 2N - 1.
-  **table**: L log2 L, once a call.
+* **butterflies**: L log2 L times B H M (D + 1), with L the transform's length, the least 2^a 3^b 5^c from 2N - 1. **table**: L log2 L, once a call.
 * **again**: states of the backward pass of `retention, bidirectional` that are computed a second time: beyond {SEGMENT >> 20} MB of them a
   head, two every {CHUNK} tokens, those of a segment are computed anew from the state at its start.
 * **subnormal**: tokens whose decay to the end of the slice lies between 2^-150 and 2^-126, times D². float32 holds such numbers with
@@ -90,7 +89,7 @@ UNITS = f"""* **call**: 1. **tokens**: B H N. **channels**: B H N D.
   **spilled**: bytes that one transform works on beyond {CACHE >> 10} kB, the smallest second-level cache, times the transforms.
 * **fresh**: bytes in blocks from {MAPPED >> 20} MB, counted from the tensors that a call makes, of calls that make {KEPT >> 20} MB or more. glibc keeps
   less than that of what is freed and maps such blocks anew at every call, and the operating system clears every page of them.
-* **weights**: H N² of `masked_product_attention`, in x out of `shift_linear`. **words**: pairs times D / 32, of bits.
+* **weights**: in x out of `shift_linear`. **words**: pairs times D / 32, of bits.
 * Of `bipartite_soft_matching` a quarter of the tokens is merged, N² / 4 pairs; `soft_merge` makes N / 4 tokens of N.
   `shift_linear` has N rows and D inputs and outputs."""
 

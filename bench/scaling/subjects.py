@@ -153,7 +153,7 @@ ALL = (
     ),
     _quadratic(CAUSAL, "attention", "causal", units.pairs(lambda size: 0.5), contender=_sdpa(True)),
     _quadratic("gaussian_mixture_attention", "gaussian_mixture", "gaussian_mixture", case=on_grid),
-    _quadratic("masked_product_attention", "gaussian_mixture", "masked_product", units.masked)._replace(
+    _quadratic("masked_product_attention", "gaussian_mixture", "masked_product")._replace(
         held_out=_sizes((TWO, (384, 1536, 3072), (64,)), ((2, 2), (768,), (96,)), (TWO, (6144,), (64,)))
     ),
     _quadratic("size_weighted_attention", "token_merging", ATTENTION),

@@ -53,10 +53,6 @@ def pairs(density: Callable[[Size], float] = lambda size: 1.0) -> Callable[[Size
 EVERY_PAIR = pairs()
 
 
-def masked(size: Size) -> Units:
-    return EVERY_PAIR(size) | {"weights": size.heads * size.tokens**2}
-
-
 def beyond_caches(count: float) -> Units:
     """Bytes of so many floats that a thread writes, or writes and reads again, for which its caches have no room."""
     return {"far": max(0, 4 * count - CACHES)}
@@ -112,16 +108,13 @@ def slices(size: Size, threads: int = THREADS) -> Units:
     return state(size) | {"subnormal": busiest.total() * size.head_dim**2}
 
 
-SMALLEST, NORMAL = (
-    -150 * math.log(2),
-    -126 * math.log(2),
-)  # logarithms of what float32 rounds to 0, and of its normal numbers
+ZERO, NORMAL = -150 * math.log(2), -126 * math.log(2)  # logarithms: below float32 holds 0, from here on all its digits
 
 
 def _subnormal_tokens(heads: int, tokens: int, head: int) -> collections.Counter:
     """Block -> its tokens with a subnormal decay."""
     decay = retnet_log_decay(heads)[head].item()
-    nearest, furthest = (min(tokens, math.ceil(edge / decay)) for edge in (NORMAL, SMALLEST))
+    nearest, furthest = (min(tokens, math.ceil(edge / decay)) for edge in (NORMAL, ZERO))
     found = collections.Counter()
     for block in range((tokens - furthest) // BLOCK, -(-(tokens - nearest) // BLOCK)):
         inside = min(tokens - nearest, (block + 1) * BLOCK) - max(tokens - furthest, block * BLOCK)
@@ -151,7 +144,7 @@ def transforms(size: Size) -> Units:
     length = transform_length(2 * size.tokens - 1)
     count = size.items * FEATURES * (size.head_dim + 1)
     once = length * math.log2(length)
-    counted = features(size) | {"table": once, "transformed": count * length, "butterflies": count * once}
+    counted = features(size) | {"table": once, "butterflies": count * once}
     # Two channels share a transform of L / 2 complex numbers; spectrum, key, query, two values and two outputs lie beside it.
     working = 4 * length // 2 * (2 + 2 + 6)
     return counted | {"spilled": count / 2 * max(0, working - CACHE)}
