@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import effattn
 import pytest
 import rank_processes
 import scaling_ranks
+import torch
+from effattn import distributed
 from effattn.bench.scaling import __main__ as command
-from effattn.bench.scaling import allocation, answers, model, page, published, ranks, text, timing
+from effattn.bench.scaling import allocation, answers, model, page, published, ranks, text, timing, units
 from effattn.bench.scaling.subjects import SUBJECTS, TRAINING
 from effattn.bench.scaling.units import Size
 from torch.autograd import profiler
@@ -70,7 +73,58 @@ def test_sizes_held_out_had_no_part_in_the_fit():
         )
 
 
+@pytest.mark.parametrize("size", [Size(1, 2, 9000, 4), Size(2, 2, 3072, 4), Size(1, 8, 6144, 4), Size(1, 4, 600, 4)])
+def test_subnormal_tokens_are_those_whose_decay_float32_holds_badly(size):
+    distance = torch.arange(size.tokens - 1, -1, -1, dtype=torch.float64)
+    decays = torch.exp(effattn.retnet_log_decay(size.heads)[:, None] * distance).float()
+    subnormal = ((decays > 0) & (decays < 2.0**-126)).repeat(size.batch, 1)
+    assert units.slices(size, 1)["subnormal"] == subnormal.sum() * size.head_dim**2
+    blocks = torch.stack([part.sum(1) for part in subnormal.split(distributed.BLOCK, 1)])  # (blocks, items)
+    busiest = torch.maximum(*(share.sum(1) for share in blocks.chunk(2, 1))).sum()
+    assert units.slices(size, 2)["subnormal"] == busiest * size.head_dim**2
+
+
+def test_states_are_computed_again_where_a_segment_has_no_room_for_them():
+    training, forward = units.bidirectional(2), units.bidirectional(1)
+    assert training(Size(1, 2, 16384, 64))["again"] == 0  # 256 chunks of two states of 16 KB: 8 MB
+    assert training(Size(1, 2, 16384 + 64, 64))["again"] == 2 * 16384 * 64**2
+    assert forward(Size(1, 2, 32768, 64))["again"] == 0
+    assert forward(Size(1, 2, 32768, 64))["far"] == 2 * (8 << 20) - units.CACHES
+
+
+def test_a_unit_that_no_fitted_size_has_gets_no_price():
+    found = model.fit([({"call": 1, "fresh": 0}, 1e-3), ({"call": 1, "fresh": 0}, 1e-3)])
+    assert found.prices == pytest.approx({"call": 1e-3})
+
+
+def test_a_row_is_fitted_where_it_is_judged(recorded):
+    """Also for the operating system's share: fresh memory."""
+    for name, counted in recorded["fresh"].items():
+        for direction in SUBJECTS[name].directions:
+            held_out, fitted = (
+                any(timing.key(size, direction) in counted for size in sizes)
+                for sizes in (SUBJECTS[name].held_out, SUBJECTS[name].fit)
+            )
+            assert fitted or not held_out, (name, direction)
+
+
 # ---- memory ----
+
+
+def test_fresh_bytes_are_large_blocks_of_calls_that_no_heap_keeps():
+    def counted(*megabytes):
+        return allocation.count(lambda: (None, lambda: [torch.empty(size << 18) for size in megabytes])).fresh >> 20
+
+    assert counted(40, 20) == 0  # the heap may have room
+    assert counted(40, 30) == 40
+    assert counted(31, 31, 31) == 0
+    assert counted(64) == 64
+
+
+def test_fresh_bytes_recorded_are_those_counted(recorded):
+    subject = SUBJECTS["masked_product_attention"]
+    assert timing.fresh(subject) == recorded["fresh"][subject.name]
+    assert recorded["fresh"][subject.name]["1x2x6144x64 training step"] == 2 * 4 * 6144**2
 
 
 def _smallest(subject):
@@ -171,6 +225,7 @@ def test_a_measurement_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(timing.SUBJECTS, name, tiny)
     monkeypatch.setattr(timing, "_memory", lambda subject, direction, threads: {"direction": direction})
+    monkeypatch.setattr(timing, "MORE", 1)
     sample, taken = timing._sample, []
 
     def interrupted(*arguments):
@@ -198,6 +253,17 @@ def test_a_measurement_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         page.write(found, check=True)
 
 
+def test_sizes_that_spread_get_more_samples(monkeypatch):
+    sizes = (Size(1, 1, 1, 16), Size(1, 1, 2, 16))
+    subject = SUBJECTS["retention"]._replace(fit=sizes, held_out=(), trains=False)
+    times = {sizes[0]: iter([1.0, 1.02, 1.01] * 2), sizes[1]: iter([1.0, 2.0, 3.0] * 2)}
+    monkeypatch.setattr(timing, "_sample", lambda subject, size, *rest: next(times[size]))
+    points = {}
+    for number in range(1, 7):
+        timing._round(subject, points, number, 3, None)
+    assert [len(points["retention"][timing.key(size, "forward")]) for size in sizes] == [3, 6]
+
+
 def test_a_partial_measurement_of_another_machine_is_refused(tmp_path, capsys):
     partial = tmp_path / "found.json.partial"
     partial.write_text(json.dumps({"machine": {"cpu": "another", "threads": 1, "torch": "", "commit": ""}}))
@@ -214,7 +280,7 @@ def test_a_prediction_is_the_price_list_times_the_units(recorded, capsys):
     assert command.main(_predict("--ranks", "2")) == 0
     said = capsys.readouterr().out
     fit = model.Fit(**recorded["fits"]["retention"]["forward"])
-    seconds = fit.seconds(SUBJECTS["retention"].units(Size(1, 2, 4096, 64)))
+    seconds = fit.seconds(SUBJECTS["retention"].work(Size(1, 2, 4096, 64), "forward", fresh=0))
     assert f"forward: {text.duration(seconds)} (" in said
     assert "a rank of 2 has 1x2x4096x64" in said
     assert "2.097 MB of tensors beside 6.291 MB" in said
@@ -252,11 +318,20 @@ def test_the_page_is_that_of_its_measurement(recorded):
     assert command.main(["page", "--check"]) == 0
     assert page.PICTURE.exists()
     for name, subject in SUBJECTS.items():
-        found = timing.fits(subject, recorded["points"])
+        found = timing.fits(subject, recorded["points"], recorded["fresh"])
         for direction, fit in found.items():
             stored = recorded["fits"][name][direction]
             assert stored["prices"] == pytest.approx(fit["prices"], rel=1e-6)
             assert stored["errors"] == pytest.approx(fit["errors"], rel=1e-6)
+
+
+def test_the_page_has_the_errors_of_other_machines(recorded):
+    other = json.loads(json.dumps(recorded))
+    other["machine"] |= {"cpu": "Another CPU", "date": "2026-01-02T03:04:05"}
+    other["fits"]["retention"]["forward"]["errors"] = [0.01, -0.77]
+    written = page.text(recorded, [other])
+    assert "largest error on Another CPU, 2026-01-02 |" in written
+    assert re.search(r"^\| `retention` \| forward \|.*\| 77% \|$", written, re.MULTILINE)
 
 
 def test_a_stale_page_is_noticed(recorded, monkeypatch, tmp_path):

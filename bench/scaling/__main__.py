@@ -12,7 +12,7 @@ from effattn._files import INTERRUPTED, exit_status
 
 from ..recorded import RESULTS
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +77,8 @@ def _measure(options) -> int:
 def _page(options) -> int:
     from . import page
 
-    return page.write(measurement(options.json), check=options.check)
+    found, *others = measurements(options.json)
+    return page.write(found, others, check=options.check)
 
 
 def _predict(options) -> int:
@@ -90,6 +91,11 @@ def _predict(options) -> int:
 
 def measurement(path: str | None = None) -> dict:
     """The content of ``path``, or of the newest scaling.json of a machine."""
+    return measurements(path)[0]
+
+
+def measurements(path: str | None = None) -> list[dict]:
+    """The content of ``path``, or of every machine's scaling.json, the newest first."""
     paths = [Path(path)] if path else list(RESULTS.glob("*/scaling.json"))
     if not paths:
         raise ValueError(f"there is no */scaling.json in {RESULTS}: give --json FILE, as `measure` writes it")
@@ -99,7 +105,7 @@ def measurement(path: str | None = None) -> dict:
         raise ValueError(f"--json: {error}") from None
     if not all("fits" in one and "points" in one for one in found):
         raise ValueError(f"--json: {path} was not written by `python -m effattn.bench.scaling measure`")
-    return max(found, key=lambda one: one["machine"]["date"])
+    return sorted(found, key=lambda one: one["machine"]["date"], reverse=True)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,18 @@ from effattn import _library
 from effattn.ops import toeplitz_methods
 
 GPU = "sm_90"  # whose tiles the launchers take
+MAPPED, KEPT = 32 << 20, 64 << 20
+"""glibc maps blocks from 32 MB (its largest M_MMAP_THRESHOLD) where its heap has no room, and of what is freed at the end of
+the heap it keeps less than 64 MB (M_TRIM_THRESHOLD): in a call that allocates more, every page of such blocks faults anew."""
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of all storages that were made in it and are alive, the most that were at once, and what made or wrote any."""
+    """Bytes of all storages that were made in it and are alive, the most that were at once, those of all that were made
+    and are large enough to be mapped, and what made or wrote any."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = self.operations = 0
+        self.live = self.peak = self.mapped = self.operations = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -53,6 +57,7 @@ class Allocations(TorchDispatchMode):
         self._sizes[identity] = storage.nbytes()
         weakref.finalize(storage, self._gone, identity)
         self.live += self._sizes[identity]
+        self.mapped += storage.nbytes() if storage.nbytes() >= MAPPED else 0
         self.peak = max(self.peak, self.live)
         return True
 
@@ -63,10 +68,12 @@ class Allocations(TorchDispatchMode):
 class Bytes(NamedTuple):
     """``held``: inputs, parameters and the gradient of the output. ``extra``: the call's own peak, results included.
 
+    ``fresh``: of all that it makes, the bytes in blocks from ``MAPPED``, if ``extra`` is ``KEPT`` or more.
     ``operations``: of PyTorch in the call, views left out."""
 
     held: int
     extra: int
+    fresh: int = 0
     operations: int = 0
 
     @property
@@ -85,10 +92,11 @@ def count(make: Callable[[], tuple[object, Callable[[], object]]], *, backend: s
         allocations = stack.enter_context(Allocations())
         inputs, call = make()
         held = allocations.peak = allocations.live
-        before = allocations.operations
+        allocations.mapped = allocations.operations = 0
         call()
         del inputs
-        return Bytes(held, allocations.peak - held, allocations.operations - before)
+        extra = allocations.peak - held
+        return Bytes(held, extra, allocations.mapped if extra >= KEPT else 0, allocations.operations)
 
 
 @contextlib.contextmanager

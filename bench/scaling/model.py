@@ -42,7 +42,7 @@ def fit(points: Iterable[tuple[Mapping[str, float], float]]) -> Fit:
     points = list(points)
     if not points:
         raise ValueError("fit: points must hold at least one measurement, got none")
-    names = list(points[0][0])
+    names = [name for name in points[0][0] if any(units[name] for units, _ in points)]
     shares = numpy.array([[units[name] / seconds for name in names] for units, seconds in points], dtype=float)
     sizes = numpy.linalg.norm(shares, axis=0)  # of columns that differ by ten orders of magnitude
     prices = nnls(shares / sizes, numpy.ones(len(points)))[0] / sizes

@@ -75,6 +75,8 @@ def _points(found: dict, name: str, direction: str) -> list[tuple[float, float]]
     subject, samples = SUBJECTS[name], found["points"][name]
     prices = model.Fit(**found["fits"][name][direction])
     return [
-        (1e3 * prices.seconds(subject.units(size)), 1e3 * statistics.median(samples[key(size, direction)]))
-        for size in subject.held_out
+        (1e3 * (1 + error) * seconds, 1e3 * seconds)
+        for error, seconds in zip(
+            prices.errors, (statistics.median(samples[key(size, direction)]) for size in subject.held_out)
+        )
     ]

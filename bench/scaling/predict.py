@@ -68,7 +68,7 @@ def _line(found: dict, subject: Subject, share: Size, count_of_ranks: int, direc
         )
     else:
         prices, where = Fit(**found["fits"][subject.name][direction]), ""
-        seconds = prices.seconds(subject.units(share))
+        seconds = prices.seconds(subject.work(share, direction, counted.fresh))
     low, high = (duration(seconds * factor) for factor in (1 / (1 + prices.largest), 1 + prices.largest))
     return (
         f"{direction}: {duration(seconds)} ({low} to {high} by the worst held-out size{where}), "

@@ -17,7 +17,7 @@ from ..cases import BACKWARD, FORWARD, OURS, Call, Case, Contender, Inputs, fami
 from ..retention_peers import BIDIRECTIONAL
 from ..runner import prepare
 from ..window_peers import CROSS, SHIFTED
-from . import units
+from . import allocation, units
 from .units import CHANNELS, STRIPE, WINDOW, Size, Units, grid
 
 TRAINING = "training step"
@@ -36,7 +36,7 @@ class Subject(NamedTuple):
     case: Callable[[Size], dict] = lambda size: {}  # what a case has beside the size
     contender: str | Contender = OURS
     trains: bool = True
-    note: str = ""
+    training_units: Callable[[Size], Units] | None = None  # where a training step has others
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -64,6 +64,16 @@ class Subject(NamedTuple):
             return inputs, self.call(size, inputs, direction)
 
         return make
+
+    def work(self, size: Size, direction: str, fresh: int) -> Units:
+        """All units of a call, ``fresh`` of its bytes being so."""
+        counted = self.training_units if direction == TRAINING and self.training_units else self.units
+        return counted(size) | {"fresh": fresh}
+
+    def fresh(self, size: Size, direction: str) -> int:
+        """``allocation.Bytes.fresh``; without counting where the largest tensor that an operator could make is too small."""
+        largest = size.items * (size.tokens * max(size.tokens, size.head_dim, CHANNELS) + size.head_dim**2)
+        return allocation.count(self.making(size, direction)).fresh if 4 * largest >= allocation.MAPPED else 0
 
 
 # ---- shapes ----
@@ -143,7 +153,7 @@ ALL = (
     ),
     _quadratic(CAUSAL, "attention", "causal", units.pairs(lambda size: 0.5), contender=_sdpa(True)),
     _quadratic("gaussian_mixture_attention", "gaussian_mixture", "gaussian_mixture", case=on_grid),
-    _quadratic("masked_product_attention", "gaussian_mixture", "masked_product", units.masked)._replace(
+    _quadratic("masked_product_attention", "gaussian_mixture", "masked_product")._replace(
         held_out=_sizes((TWO, (384, 1536, 3072), (64,)), ((2, 2), (768,), (96,)), (TWO, (6144,), (64,)))
     ),
     _quadratic("size_weighted_attention", "token_merging", ATTENTION),
@@ -153,14 +163,27 @@ ALL = (
         *("manhattan_attention, decomposed", "retention", DECOMPOSED, units.pairs(units.line_density)),
         *(GRIDS, GRIDS_HELD, on_grid),
     ),
-    Subject("window_attention", "cross_shaped_window", SHIFTED, units.shifted, GRIDS, GRIDS_HELD, _windows(WINDOW)),
+    Subject(
+        "window_attention",
+        "cross_shaped_window",
+        SHIFTED,
+        units.pairs(units.window_density),
+        GRIDS,
+        GRIDS_HELD,
+        _windows(WINDOW),
+    ),
     Subject(
         *("cross_shaped_window_attention", "cross_shaped_window", CROSS, units.pairs(units.cross_density)),
         *(GRIDS, GRIDS_HELD, _windows(STRIPE)),
     ),
     _linear_time("retention", "retention", RETENTION),
-    _linear_time("retention, bidirectional", "retention", BIDIRECTIONAL),
-    _linear_time(SEQUENCE_PARALLEL, "retention", RETENTION, contender=Contender(OURS, _sequence_parallel)),
+    _linear_time(
+        *("retention, bidirectional", "retention", BIDIRECTIONAL, units.bidirectional(1)),
+        training_units=units.bidirectional(2),
+    ),
+    _linear_time(
+        SEQUENCE_PARALLEL, "retention", RETENTION, units.slices, contender=Contender(OURS, _sequence_parallel)
+    ),
     Subject(
         *("retention_step", "retention", STEP, units.step),
         fit=_sizes(*(((batch, 8), (1,), (64, 128, 256)) for batch in (4, 16, 64))),
@@ -175,7 +198,9 @@ ALL = (
     _linear_time("shift_add_attention", "shift_add", "attention"),
     Subject(
         *("shift_linear", "shift_add", "linear", units.linear),
-        fit=_sizes(((1, 1), (64, 256, 1024, 4096), (256, 512)), ((1, 1), (64, 256), (1024, 2048))),
+        fit=_sizes(
+            ((1, 1), (64, 256, 1024, 4096), (256, 512)), ((1, 1), (64, 256), (1024, 2048)), ((1, 1), (64,), (4096,))
+        ),
         held_out=_sizes(((1, 1), (128, 2048), (384,)), ((1, 1), (512,), (768, 1024)), ((1, 1), (512,), (3072,))),
         case=lambda size: {"outputs": size.head_dim},
     ),
@@ -201,6 +226,7 @@ ALL = (
             ((2, 1), (128, 256, 512, 1024, 2048), (384,)),
             ((8, 1), (256, 512), (384,)),
             ((2, 1), (512, 1024), (192, 768)),
+            ((8, 1), (2048,), (384,)),
         ),
         held_out=_sizes(((2, 1), (384, 768, 1536), (384,)), ((4, 1), (640,), (576,)), ((2, 1), (4096,), (384,))),
         case=_quartered,

@@ -21,6 +21,12 @@ from . import allocation, answers, model, ranks
 from .subjects import SUBJECTS, Subject
 from .units import Size
 
+WARM_UPS, SETTLED = 3, 0.1
+"""Calls before the timed ones, or as many as take so many seconds: in the first the heap, the kernels' buffers and huge pages
+settle, and a user's loop goes on."""
+SPREAD, MORE = 0.1, 2
+"""Sizes whose samples' middle half spreads further than this share of their median are measured in up to so many times the
+rounds: a share of calls waits for the operating system to find pages, and few samples do not tell how large a share."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """On a machine that others use, the CPU time of one thread is nearer to what it takes alone than the time on the wall."""
 MEMORY_BYTES = 48 << 20  # results and saved tensors of the sizes whose peak is asked of the operating system
@@ -33,6 +39,7 @@ def measure(path: str, threads: int, rounds: int, only: tuple[str, ...] = (), cl
     chosen = [subject for name, subject in SUBJECTS.items() if not only or name in only]
     torch.set_num_threads(threads)
     warm_up("cpu")
+    _settle_heap()
     load, start = ForeignLoad(), time.monotonic()
 
     def keep(where: str | Path = partial) -> None:
@@ -43,10 +50,11 @@ def measure(path: str, threads: int, rounds: int, only: tuple[str, ...] = (), cl
         }
         report.write_json(found | {"sessions": [*found["sessions"], session]}, where)
 
-    for number in range(1, rounds + 1):
+    for number in range(1, MORE * rounds + 1):
         for subject in chosen:
-            if _round(subject, found["points"], number, CLOCKS[clock]):
-                _say(f"round {number}/{rounds} {subject.name}", start)
+            if _round(subject, found["points"], number, rounds, CLOCKS[clock]):
+                more = " more, of what spreads" if number > rounds else ""
+                _say(f"round {number}/{rounds}{more} {subject.name}", start)
                 keep()
     for subject in chosen:
         if subject.name not in found["memory"]:
@@ -59,7 +67,9 @@ def measure(path: str, threads: int, rounds: int, only: tuple[str, ...] = (), cl
     if not only and not found["longest"]:
         _say("the longest sequences of an H200", start)
         found["longest"] = answers.all_longest()
-    found["fits"] = {subject.name: fits(subject, found["points"]) for subject in chosen}
+    for subject in chosen:
+        found["fresh"][subject.name] = fresh(subject)
+        found["fits"][subject.name] = fits(subject, found["points"], found["fresh"])
     keep(path)
     partial.unlink(missing_ok=True)
     return json.loads(Path(path).read_text())
@@ -71,11 +81,13 @@ def _read(partial: Path, about: dict, rounds: int) -> dict:
             "machine": about,
             "sessions": [],
             "rounds": rounds,
+            "sampling": {"warm_ups": WARM_UPS, "settled": SETTLED, "spread": SPREAD, "more": MORE},
             "fits": {},
             "memory": {},
             "ranks": {},
             "longest": {},
             "points": {},
+            "fresh": {},
         }
     found = json.loads(partial.read_text())
     for name in ("cpu", "threads", "torch", "commit", "clock"):
@@ -90,17 +102,29 @@ def key(size: Size, direction: str) -> str:
     return f"{'x'.join(map(str, size))} {direction}"
 
 
-def _round(subject: Subject, points: dict, number: int, clock: Callable[[], float]) -> bool:
-    """Bring every size to ``number`` samples; whether any was missing."""
+def _settle_heap() -> None:
+    """Raise glibc's thresholds to their largest, as the first tensor of almost 32 MB that a process frees does."""
+    torch.ones((allocation.MAPPED - (1 << 16)) // 4)
+
+
+def _round(subject: Subject, points: dict, number: int, rounds: int, clock: Callable[[], float]) -> bool:
+    """Bring every size to ``number`` samples, after ``rounds`` those that spread; whether any was missing."""
     samples = points.setdefault(subject.name, {})
     missed = False
     for size in (*subject.fit, *subject.held_out):
         for direction in subject.directions:
             taken = samples.setdefault(key(size, direction), [])
-            if len(taken) < number:
+            if len(taken) < number and (number <= rounds or _spreads(taken)):
                 missed = True
                 taken.append(_sample(subject, size, direction, taken[-1] if taken else math.inf, clock))
     return missed
+
+
+def _spreads(samples: list[float]) -> bool:
+    if len(samples) < 2:
+        return False
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return high - low > SPREAD * middle
 
 
 def _sample(subject: Subject, size: Size, direction: str, before: float, clock: Callable[[], float]) -> float:
@@ -109,8 +133,10 @@ def _sample(subject: Subject, size: Size, direction: str, before: float, clock: 
     gc.collect()
     gc.disable()
     try:
-        first = _seconds(call, 1, clock)  # a warm-up
-        expected = min(first, before)
+        first = []
+        while len(first) < WARM_UPS and sum(first) < SETTLED:
+            first.append(_seconds(call, 1, clock))
+        expected = min(before, *first)
         return float(f"{_seconds(call, math.ceil(SHORTEST_SAMPLE / expected), clock):.4g}")
     finally:
         gc.enable()
@@ -123,13 +149,25 @@ def _seconds(call: Callable[[], object], count: int, clock: Callable[[], float])
     return (clock() - begin) / count
 
 
-def fits(subject: Subject, points: dict) -> dict[str, dict]:
-    """By direction: prices in seconds a unit and errors at the sizes held out."""
+def fresh(subject: Subject) -> dict[str, int]:
+    """Counted: the bytes of every measured call that come anew from the operating system."""
+    sizes = (*subject.fit, *subject.held_out)
+    counted = {key(size, d): subject.fresh(size, d) for size in sizes for d in subject.directions}
+    return {name: count for name, count in counted.items() if count}
+
+
+def fits(subject: Subject, points: dict, fresh: dict) -> dict[str, dict]:
+    """By direction: prices in seconds a unit and errors at the sizes held out, of the sizes that were measured."""
     samples, found = points[subject.name], {}
     for direction in subject.directions:
 
         def measured(sizes, direction=direction):
-            return [(subject.units(size), statistics.median(samples[key(size, direction)])) for size in sizes]
+            names = {size: key(size, direction) for size in sizes}
+            return [
+                (subject.work(size, direction, fresh[subject.name].get(name, 0)), statistics.median(samples[name]))
+                for size, name in names.items()
+                if name in samples
+            ]
 
         prices = model.fit(measured(subject.fit))
         found[direction] = model.judged(prices, measured(subject.held_out))._asdict()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from effattn import retnet_log_decay
+from effattn.distributed import BLOCK
 from effattn.ops.toeplitz_methods import transform_length
 
 from ..bench_toeplitz import FEATURES
 
 WINDOW, STRIPE, CHANNELS = 8, 2, 512
-CACHES = 4 << 20  # bytes of the second-level caches of two cores
-MAPPED = 32 << 20  # bytes from which glibc maps every allocation anew
+CACHE, CACHES = 512 << 10, 4 << 20  # bytes: a second-level cache at its smallest; more than those of two cores
+THREADS = 2  # of the calls that are measured
 
 
 class Size(NamedTuple):
@@ -50,24 +53,13 @@ def pairs(density: Callable[[Size], float] = lambda size: 1.0) -> Callable[[Size
 EVERY_PAIR = pairs()
 
 
-def masked(size: Size) -> Units:
-    weights = size.heads * size.tokens**2
-    return EVERY_PAIR(size) | {"weights": weights} | result(weights)
-
-
-def result(count: float) -> Units:
-    """Bytes of a large result: beyond the caches, and beyond what the C library keeps from call to call."""
-    return {"far": 4 * count if 4 * count > CACHES else 0, "fresh": 4 * count if 4 * count >= MAPPED else 0}
+def beyond_caches(count: float) -> Units:
+    """Bytes of so many floats that a thread writes, or writes and reads again, for which its caches have no room."""
+    return {"far": max(0, 4 * count - CACHES)}
 
 
 def window_density(size: Size) -> float:
     return WINDOW**2 / size.tokens
-
-
-def shifted(size: Size) -> Units:
-    """Where shifted windows meet the border they hold pairs that are masked by -100, whose weights were denormal once."""
-    windows = 2 * grid(size.tokens)[0] // WINDOW - 1
-    return pairs(window_density)(size) | {"border": size.items * windows * WINDOW**4 * size.head_dim}
 
 
 def cross_density(size: Size) -> float:
@@ -86,10 +78,55 @@ def state(size: Size) -> Units:
     return {"call": 1, "tokens": tokens, "channels": channels, "states": channels * size.head_dim}
 
 
+CHUNK, SEGMENT = 64, 8 << 20  # of the retention kernels: tokens between two states, bytes of states that a thread keeps
+
+
+def bidirectional(states: int) -> Callable[[Size], Units]:
+    """A sweep leaves so many states a chunk for the sweep that runs the other way. More than a segment of them are computed
+    ``again``, and those of all threads at once may not stay in the caches."""
+
+    def units(size: Size) -> Units:
+        floats, chunks = states * size.head_dim**2, -(-size.tokens // CHUNK)
+        segment = min(max(SEGMENT // (4 * floats), 4), chunks)
+        again = (chunks - 1) // segment * segment * CHUNK
+        threads = min(THREADS, size.items)
+        kept = beyond_caches(threads * segment * floats)["far"] * size.items / threads
+        return state(size) | {"far": kept, "again": size.items * again * size.head_dim**2}
+
+    return units
+
+
+def slices(size: Size, threads: int = THREADS) -> Units:
+    """Retention, and the state of the slice: products of head_dim a token with its decay. Far from the slice's end a decay is
+    subnormal in float32, which the processor multiplies by microcode, until it is 0. Heads meet those tokens in different
+    blocks, so what counts is the busiest thread of each block."""
+    share, busiest = -(-size.items // threads), collections.Counter()
+    for thread in range(threads):
+        heads = [item % size.heads for item in range(thread * share, min((thread + 1) * share, size.items))]
+        own = sum((_subnormal_tokens(size.heads, size.tokens, head) for head in heads), collections.Counter())
+        busiest |= own
+    return state(size) | {"subnormal": busiest.total() * size.head_dim**2}
+
+
+ZERO, NORMAL = -150 * math.log(2), -126 * math.log(2)  # logarithms: below float32 holds 0, from here on all its digits
+
+
+def _subnormal_tokens(heads: int, tokens: int, head: int) -> collections.Counter:
+    """Block -> its tokens with a subnormal decay."""
+    decay = retnet_log_decay(heads)[head].item()
+    nearest, furthest = (min(tokens, math.ceil(edge / decay)) for edge in (NORMAL, ZERO))
+    found = collections.Counter()
+    for block in range((tokens - furthest) // BLOCK, -(-(tokens - nearest) // BLOCK)):
+        inside = min(tokens - nearest, (block + 1) * BLOCK) - max(tokens - furthest, block * BLOCK)
+        found[block] = max(0, inside)
+    return found
+
+
 def step(size: Size) -> Units:
+    """The old states are read, the new ones written."""
     states = size.items * size.head_dim**2
     units = {"call": 1, "tokens": size.items, "channels": size.items * size.head_dim, "states": states}
-    return units | result(states)
+    return units | beyond_caches(2 * states)
 
 
 def features(size: Size) -> Units:
@@ -107,7 +144,10 @@ def transforms(size: Size) -> Units:
     length = transform_length(2 * size.tokens - 1)
     count = size.items * FEATURES * (size.head_dim + 1)
     once = length * math.log2(length)
-    return features(size) | {"table": once, "transformed": count * length, "butterflies": count * once}
+    counted = features(size) | {"table": once, "butterflies": count * once}
+    # Two channels share a transform of L / 2 complex numbers; spectrum, key, query, two values and two outputs lie beside it.
+    working = 4 * length // 2 * (2 + 2 + 6)
+    return counted | {"spilled": count / 2 * max(0, working - CACHE)}
 
 
 def merge(size: Size) -> Units:
@@ -131,7 +171,7 @@ def soft_merge(size: Size) -> Units:
 def bits(size: Size) -> Units:
     pairs = size.items * size.tokens**2
     units = {"call": 1, "tokens": size.items * size.tokens, "pairs": pairs, "words": pairs * -(-size.head_dim // 32)}
-    return units | result(pairs)
+    return units | beyond_caches(pairs)
 
 
 def linear(size: Size) -> Units:
