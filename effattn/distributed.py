@@ -157,10 +157,11 @@ def _after_slice(key: Tensor, value: Tensor, log_decay: Tensor, normalized: bool
     """L, (B, H, Dk, Dv), of one slice; normalized: one row more, the sum of the decays."""
     exact = torch.promote_types(key.dtype, torch.float32)
     left = _remaining(log_decay, key.shape[2])[1]
+    weights = _normal(left, exact)
     state = key.new_zeros((*key.shape[:2], key.shape[3], value.shape[3]), dtype=exact)
     with torch.autocast(key.device.type, enabled=False):
         for part in _blocks(key.shape[2]):
-            weighted = key[:, :, part].to(exact) * left[:, part, None].to(exact)
+            weighted = key[:, :, part].to(exact) * weights[:, part, None]
             state += weighted.mT @ value[:, :, part].to(exact)
     if not normalized:
         return state
@@ -176,10 +177,10 @@ def _slice_gradients(key, value, log_decay, before, later, normalized: bool):
     if normalized:
         later, sums = later[:, :, :-1], later[:, :, -1]
         grad_decay = grad_decay + (distance * left).sum(-1) * sums.sum((0, 2), dtype=torch.float64)
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    grad_key, grad_value, weights = torch.empty_like(key), torch.empty_like(value), _normal(left, later.dtype)
     with torch.autocast(key.device.type, enabled=False):
         for part in _blocks(count):
-            weight, block = left[:, part, None].to(later.dtype), key[:, :, part].to(later.dtype)
+            weight, block = weights[:, part, None], key[:, :, part].to(later.dtype)
             by_key = weight * (value[:, :, part].to(later.dtype) @ later.mT)
             grad_key[:, :, part] = by_key
             grad_value[:, :, part] = (weight * block) @ later
@@ -196,6 +197,11 @@ def _remaining(log_decay: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Tokens after each token of a slice, (N,), and gamma to that power, (H, N), float64."""
     distance = torch.arange(count - 1, -1, -1, device=log_decay.device)
     return distance, powers(log_decay.double(), distance)
+
+
+def _normal(decays: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in ``dtype``, 0 for its subnormal numbers: many processors multiply by them in microcode."""
+    return decays.where(decays >= torch.finfo(dtype).tiny, 0).to(dtype)
 
 
 def _scan(count: int, state: Tensor, initial: Tensor | None, log_decay: Tensor, group, reverse: bool = False):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 
-import effattn
 import pytest
 import rank_processes
 import scaling_ranks
 import torch
-from effattn import distributed
 from effattn.bench.scaling import __main__ as command
 from effattn.bench.scaling import allocation, answers, model, page, published, ranks, text, timing, units
 from effattn.bench.scaling.subjects import SUBJECTS, TRAINING
@@ -71,17 +69,6 @@ def test_sizes_held_out_had_no_part_in_the_fit():
         assert max(s.items * s.tokens * s.head_dim for s in subject.held_out) > min(
             s.items * s.tokens * s.head_dim for s in subject.fit
         )
-
-
-@pytest.mark.parametrize("size", [Size(1, 2, 9000, 4), Size(2, 2, 3072, 4), Size(1, 8, 6144, 4), Size(1, 4, 600, 4)])
-def test_subnormal_tokens_are_those_whose_decay_float32_holds_badly(size):
-    distance = torch.arange(size.tokens - 1, -1, -1, dtype=torch.float64)
-    decays = torch.exp(effattn.retnet_log_decay(size.heads)[:, None] * distance).float()
-    subnormal = ((decays > 0) & (decays < 2.0**-126)).repeat(size.batch, 1)
-    assert units.slices(size, 1)["subnormal"] == subnormal.sum() * size.head_dim**2
-    blocks = torch.stack([part.sum(1) for part in subnormal.split(distributed.BLOCK, 1)])  # (blocks, items)
-    busiest = torch.maximum(*(share.sum(1) for share in blocks.chunk(2, 1))).sum()
-    assert units.slices(size, 2)["subnormal"] == busiest * size.head_dim**2
 
 
 def test_states_are_computed_again_where_a_segment_has_no_room_for_them():

@@ -12,7 +12,7 @@ from .answers import BATCH, DTYPE, HEAD_DIM, HEADS, PEERS
 from .subjects import SUBJECTS, TRAINING
 from .text import by_assumption, duration, number, size_text, spread, table, whole_number
 from .allocation import KEPT, MAPPED
-from .units import CACHE, CACHES, CHUNK, SEGMENT, STRIPE, WINDOW, slices
+from .units import CACHE, CACHES, CHUNK, SEGMENT, STRIPE, WINDOW
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "images" / "scaling.png"
@@ -81,9 +81,6 @@ UNITS = f"""* **call**: 1. **tokens**: B H N. **channels**: B H N D.
 * **butterflies**: L log2 L times B H M (D + 1), with L the transform's length, the least 2^a 3^b 5^c from 2N - 1. **table**: L log2 L, once a call.
 * **again**: states of the backward pass of `retention, bidirectional` that are computed a second time: beyond {SEGMENT >> 20} MB of them a
   head, two every {CHUNK} tokens, those of a segment are computed anew from the state at its start.
-* **subnormal**: tokens whose decay to the end of the slice lies between 2^-150 and 2^-126, times D². float32 holds such numbers with
-  fewer digits, and many processors multiply them by microcode; nearer tokens have larger decays, further ones 0. Each block of
-  {answers.BLOCK} tokens counts the busiest thread's. Only the state of `sequence_parallel_retention` multiplies by them.
 * **far**: bytes beyond {CACHES >> 20} MB, more than the second-level caches of two cores have: of the result of `binary_matmul`, of old and new
   states of `retention_step`, of the states that all threads of `retention, bidirectional` keep from one sweep to the other.
   **spilled**: bytes that one transform works on beyond {CACHE >> 10} kB, the smallest second-level cache, times the transforms.
@@ -280,8 +277,6 @@ of two, that R one-thread ranks finish before one does. B = 1, H = 8, D = 64.
 
 {table(("ranks", "forward, tokens", "training step, tokens"), cpu)}
 
-{_subnormal(found)}
-
 **On H200s**, from published figures and two sets of assumptions ([below](#published-and-assumed); low / high), B = 1, H = {HEADS},
 D = {HEAD_DIM}, {str(DTYPE).removeprefix("torch.")}; up to {published.GPUS_A_NODE} ranks over NVLink, more over InfiniBand. "Faster" is the length at which R GPUs beat one,
 "messages" the length at which the messages take as long as a rank's own retention:
@@ -293,16 +288,6 @@ N. What does is the state that every rank computes beside its retention: {answer
 {answers.operations_a_block(True)} in a training step (counted), which on a GPU take longer to start than to run, and which keep few ranks from ever being faster.
 So on paper ranks are taken for memory first: a sequence beyond the table above, or layers whose activations do not fit. For speed,
 shard batch and heads while there are any, and tokens after that. A fused kernel of the slice's state is the first thing to write."""
-
-
-def _subnormal(found: dict) -> str:
-    """What share of a rank's time the model gives to subnormal decays."""
-    size, shares = ranks.TOGETHER[-1], []
-    for direction in (answers.FORWARD, TRAINING):
-        prices, counted = ranks.slices(found["ranks"], direction), slices(ranks.TOGETHER[-1], 1)
-        shares.append(prices.prices.get("subnormal", 0.0) * counted["subnormal"] / prices.seconds(counted))
-    return f"""Of what a rank of {whole_number(size.tokens)} tokens computes, {shares[0]:.0%} forward and {shares[1]:.0%} in a training step are products with subnormal decays
-(above), by the model: of tokens that add nothing to the state that float32 could hold beside the near ones."""
 
 
 def _tokens(tokens: int | None) -> str:

@@ -177,7 +177,7 @@ def whole(found: dict, direction: str) -> model.Fit:
 
 def slices(found: dict, direction: str) -> model.Fit:
     """What a rank computes on one thread, and how well that and the messages predict two ranks."""
-    prices = model.fit((units.slices(size, 1), found["alone"][f"{size.tokens} {direction}"]) for size in SLICES)
+    prices = model.fit((units.state(size), found["alone"][f"{size.tokens} {direction}"]) for size in SLICES)
     return prices._replace(
         errors=tuple(
             predicted(found, prices, size, 2, direction) / found["together"][f"{size.tokens} {direction}"] - 1
@@ -191,4 +191,4 @@ def predicted(found: dict, prices: model.Fit, size: Size, ranks: int, direction:
     message = state_bytes(size.batch, size.heads, size.head_dim, size.head_dim)
     passes = 2 if direction == TRAINING else 1
     exchanged = exchange_seconds([link(found)] * rounds(ranks), message)
-    return prices.seconds(units.slices(size, 1)) + passes * exchanged
+    return prices.seconds(units.state(size)) + passes * exchanged

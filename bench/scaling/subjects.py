@@ -181,9 +181,7 @@ ALL = (
         *("retention, bidirectional", "retention", BIDIRECTIONAL, units.bidirectional(1)),
         training_units=units.bidirectional(2),
     ),
-    _linear_time(
-        SEQUENCE_PARALLEL, "retention", RETENTION, units.slices, contender=Contender(OURS, _sequence_parallel)
-    ),
+    _linear_time(SEQUENCE_PARALLEL, "retention", RETENTION, contender=Contender(OURS, _sequence_parallel)),
     Subject(
         *("retention_step", "retention", STEP, units.step),
         fit=_sizes(*(((batch, 8), (1,), (64, 128, 256)) for batch in (4, 16, 64))),

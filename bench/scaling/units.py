@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from effattn import retnet_log_decay
-from effattn.distributed import BLOCK
 from effattn.ops.toeplitz_methods import transform_length
 
 from ..bench_toeplitz import FEATURES
@@ -94,32 +91,6 @@ def bidirectional(states: int) -> Callable[[Size], Units]:
         return state(size) | {"far": kept, "again": size.items * again * size.head_dim**2}
 
     return units
-
-
-def slices(size: Size, threads: int = THREADS) -> Units:
-    """Retention, and the state of the slice: products of head_dim a token with its decay. Far from the slice's end a decay is
-    subnormal in float32, which the processor multiplies by microcode, until it is 0. Heads meet those tokens in different
-    blocks, so what counts is the busiest thread of each block."""
-    share, busiest = -(-size.items // threads), collections.Counter()
-    for thread in range(threads):
-        heads = [item % size.heads for item in range(thread * share, min((thread + 1) * share, size.items))]
-        own = sum((_subnormal_tokens(size.heads, size.tokens, head) for head in heads), collections.Counter())
-        busiest |= own
-    return state(size) | {"subnormal": busiest.total() * size.head_dim**2}
-
-
-ZERO, NORMAL = -150 * math.log(2), -126 * math.log(2)  # logarithms: below float32 holds 0, from here on all its digits
-
-
-def _subnormal_tokens(heads: int, tokens: int, head: int) -> collections.Counter:
-    """Block -> its tokens with a subnormal decay."""
-    decay = retnet_log_decay(heads)[head].item()
-    nearest, furthest = (min(tokens, math.ceil(edge / decay)) for edge in (NORMAL, ZERO))
-    found = collections.Counter()
-    for block in range((tokens - furthest) // BLOCK, -(-(tokens - nearest) // BLOCK)):
-        inside = min(tokens - nearest, (block + 1) * BLOCK) - max(tokens - furthest, block * BLOCK)
-        found[block] = max(0, inside)
-    return found
 
 
 def step(size: Size) -> Units:
