@@ -8,6 +8,7 @@ mixture, the others with the masked product; what both take, once), and a sample
 hour on two cores.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -256,7 +257,14 @@ def problems(result):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return compile_all(cases(), tmp_path_factory.mktemp("triton"))
+    """Compiled once for all processes of a run: pytest-xdist may give the tests of this file to two."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    with open(directory / "triton.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = directory / "results.json"
+        return json.loads(found.read_text()) if found.exists() else compile_all(cases(), directory)
 
 
 def describe(result):
