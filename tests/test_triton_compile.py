@@ -256,10 +256,10 @@ def problems(result):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     """Compiled once for all processes of a run: pytest-xdist may give the tests of this file to two."""
     directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):  # a process of pytest-xdist, whose own folder this is
         directory = directory.parent
     with open(directory / "triton.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
