@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import sys
@@ -37,6 +38,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     _load_cuda_emulator()
+    if not HAS_GPU and importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 def _load_cuda_emulator() -> None:
@@ -75,7 +80,9 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond to ask for other devices
+    if HAS_GPU:
+        torch.cuda.manual_seed_all(0)
     yield
     torch.set_num_threads(THREADS)
 

@@ -8,6 +8,7 @@ mixture, the others with the masked product; what both take, once), and a sample
 hour on two cores.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -255,8 +256,15 @@ def problems(result):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return compile_all(cases(), tmp_path_factory.mktemp("triton"))
+def results(request, tmp_path_factory):
+    """Compiled once for all processes of a run: pytest-xdist may give the tests of this file to two."""
+    directory = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a process of pytest-xdist, whose own folder this is
+        directory = directory.parent
+    with open(directory / "triton.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = directory / "results.json"
+        return json.loads(found.read_text()) if found.exists() else compile_all(cases(), directory)
 
 
 def describe(result):

@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+import quick_interpreter
 from effattn.triton_kernels import attention, gaussian_mixture, patches
+from triton.runtime import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -431,3 +433,20 @@ def test_offsets_past_two_to_the_31_elements(tmp_path, monkeypatch):
     (forward, gradients), (expected_forward, expected_gradients) = run_attention(*far), run_attention(*near)
     for a, b in zip((*forward, *gradients), (*expected_forward, *expected_gradients)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")
+def test_the_interpreter_computes_what_it_did_before_it_was_made_quicker(monkeypatch):
+    *tensors, grad_output = mixture_tensors((3, 4), 1)
+
+    def launch():
+        forward, gradients = run_mixture(*tensors, grad_output, (3, 4), 1)
+        return (*forward, *gradients)
+
+    quick = launch()
+    for name, original in quick_interpreter.ORIGINALS.items():
+        assert getattr(interpreter, name) is not original
+        monkeypatch.setattr(interpreter, name, original)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", quick_interpreter.ORIGINAL_OPTIONS)
+    for one, other in zip(quick, launch(), strict=True):
+        assert torch.equal(one, other)

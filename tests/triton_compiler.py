@@ -35,6 +35,8 @@ from effattn.triton_kernels import (
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import triton_key
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -472,7 +474,16 @@ def work(case):
     return results
 
 
+def _prepare(cases):
+    """What every process would do again: hash Triton's library of 500 MB, ask ptxas for its version, import what torch needs."""
+    triton_key()
+    for family in {case[1] for case in cases}:
+        make_backend(TARGETS[family]).hash()
+    record(*cases[0][:4])
+
+
 def compile_cases(cases, processes=2):
+    _prepare(cases)
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         return [result for results in pool.imap_unordered(work, cases, chunksize=1) for result in results]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -961,6 +962,21 @@ def case_and_backend(
     on the cpu backend, which test_torch_features.py holds to the same check.
     """
     return pytest.mark.parametrize(("case", "backend"), list(_pairs(without, every_variant, beside_matrix)))
+
+
+def case_backend_and(
+    wanted: Callable[..., bool], *, every_variant: bool = False, **axes: dict[str, object]
+) -> pytest.MarkDecorator:
+    """Parametrise over every case x every backend but the reference x the ``axes``, given as {name in test ids: value},
+    where ``wanted(case, backend, **values)``. To leave out is quicker than to collect and skip.
+    """
+    found = []
+    for chosen in itertools.product(*(axis.items() for axis in axes.values())):
+        for pair in _pairs(("reference",), every_variant, False):
+            if wanted(*pair.values, **{axis: value for axis, (_, value) in zip(axes, chosen)}):
+                values, names = [value for _, value in chosen], [name for name, _ in chosen]
+                found.append(pytest.param(*pair.values, *values, id="-".join((*names, pair.id)), marks=pair.marks))
+    return pytest.mark.parametrize(("case", "backend", *axes), found)
 
 
 def _pairs(without: tuple[str, ...], every_variant: bool, beside_matrix: bool) -> Iterator:
