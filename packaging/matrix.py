@@ -134,11 +134,15 @@ def look(cell: Path, build: str) -> dict:
 
 def test(cell: Path, jobs: int, without: list[str]) -> dict:
     """Counts of TESTS run against the installed package."""
-    files = [ROOT / "tests" / name for name in TESTS if name not in without]
-    if not files:
+    chosen = [name for name in TESTS if name not in without]
+    if not chosen:
         return {}
-    command = [cell / "bin" / "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-n", jobs, "-k", CHOSEN, *files]
-    printed = run(command, cell, EFFATTN_CUDA_EMULATOR="0")
+    command = [cell / "bin" / "pytest", "-q", "--tb=line", "-rp", "-p", "no:cacheprovider", "-n", jobs, "-k", CHOSEN]
+    printed = run([*command, *(ROOT / "tests" / name for name in chosen)], cell, EFFATTN_CUDA_EMULATOR="0")
+    passed = [line for line in printed.splitlines() if line.startswith("PASSED ")]
+    for name in chosen:
+        if not any(name in line for line in passed):
+            raise Failed(f"of {name} no test was chosen")
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
 
 

@@ -59,3 +59,11 @@ def test_a_wheel_names_its_commit(matrix, tmp_path):
     with zipfile.ZipFile(tmp_path / "some.whl", "w") as archive:
         archive.writestr("effattn/_build.json", '{"commit": "0123"}')
     assert matrix.commit_of(tmp_path / "some.whl") == "0123"
+
+
+def test_tests_of_which_none_was_chosen_fail_a_cell(matrix, monkeypatch, tmp_path):
+    printed = f"PASSED tests/{matrix.TESTS[0]}[float32-24-cpu]\n1 passed, 2 skipped in 3.1s"
+    monkeypatch.setattr(matrix, "run", lambda *command, **environment: printed)
+    assert matrix.test(tmp_path, 1, list(matrix.TESTS[1:])) == {"passed": 1, "skipped": 2}
+    with pytest.raises(matrix.Failed, match=f"of {matrix.TESTS[1]} no test was chosen"):
+        matrix.test(tmp_path, 1, list(matrix.TESTS[2:]))
