@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
           const Slot at = neighbour(half, slot, tap);
-          if (at.y < 0) continue;
-          const int near_token = token_at<true>(a.geometry, half, window, at).index;
+          const int near_token = at.y < 0 ? -1 : token_at<true>(a.geometry, half, window, at).index;
           if (near_token < 0) continue;
           float near[8];
           read_block(near, v, near_token, block);
@@ -218,21 +217,24 @@ void window_attention_gradient(const WindowAttentionGradient& g, void* workspace
   float* const delta = reinterpret_cast<float*>(memory);
   float* const lepe_sums = reinterpret_cast<float*>(memory + plan.delta_bytes);
   float* const bias_sums = reinterpret_cast<float*>(memory + plan.delta_bytes + plan.lepe_bytes);
-  const auto run = [&](auto element) {
+  const auto run = [&]<int D>(auto element) {
     using T = decltype(element);
     const WindowGradient<T> gradient = {plan.geometry, {}, 1, {}, token_tensor<T>(a.query), token_tensor<T>(a.key),
         token_tensor<T>(a.value), token_tensor<T>(g.grad_output), a.logsumexp, delta, a.bias, a.lepe_weight,
         token_tensor<T>(g.grad_query), token_tensor<T>(g.grad_key), token_tensor<T>(g.grad_value), lepe_sums,
         a.bias == nullptr ? nullptr : bias_sums, static_cast<int>(a.query.size[1]), a.mask_padding, a.scale};
     if (!plan.one_tile) launch_delta(gradient, a, delta, stream);
-    with_columns(a.query.size[3], [&]<int D>() {
-      if (plan.rich)
-        launch_gradients<T, D, true>(gradient, plan, stream);
-      else
-        launch_gradients<T, D, false>(gradient, plan, stream);
-    });
+    if (plan.rich)
+      launch_gradients<T, D, true>(gradient, plan, stream);
+    else
+      launch_gradients<T, D, false>(gradient, plan, stream);
   };
-  a.query.dtype == DType::kBFloat16 ? run(bfloat16{}) : run(float16{});
+  with_columns(a.query.size[3], [&]<int D>() {  // instances that differ by T alone, side by side, compress to one
+    if (a.query.dtype == DType::kBFloat16)
+      run.template operator()<D>(bfloat16{});
+    else
+      run.template operator()<D>(float16{});
+  });
   const auto add_sums = [&](const float* sums, const WindowGrid& grid, int64_t size, int64_t size_of_first,
                             float* first, float* second) {
     launch(add_sums_kernel, dim3(static_cast<unsigned>(a.query.size[1] * ceil_div(size, kWarp))),
