@@ -107,16 +107,16 @@ def windows(device: str) -> Iterator[Tensor]:
                 yield effattn.cross_shaped_window_attention(
                     q, k, v, (15, 14), width, **lepe, padding="zero_key", backend="cuda"
                 )
-            table = torch.randn(13 * 13, 2, device=device)
-            for padding in ("zero_key", "mask"):
-                yield effattn.window_attention(
-                    *(x.detach() for x in (q, k, v)),
-                    *((15, 14), (7, 7)),
-                    shift=(3, 3),
-                    bias_table=table,
-                    padding=padding,
-                    backend="cuda",
-                )
+            for window in ((7, 7), (8, 9)):
+                table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), 2, device=device, requires_grad=True)
+                for padding in ("zero_key", "mask"):
+                    yield effattn.window_attention(
+                        *(q, k, v, (15, 14), window),
+                        shift=(3, 3),
+                        bias_table=table,
+                        padding=padding,
+                        backend="cuda",
+                    )
 
 
 def main() -> int:

@@ -143,7 +143,7 @@ struct WindowAttention {
 void window_attention(const WindowAttention& arguments, void* stream);
 
 struct WindowAttentionGradient {
-  WindowAttention of;  // with output and logsumexp of the forward pass
+  WindowAttention of;  // with output and logsumexp of the forward pass; with a bias, windows of at most 1024 tokens
   Tensor grad_output;  // (B, H, N, D), any strides
   Tensor grad_query, grad_key, grad_value;
   float *grad_bias, *grad_lepe_weight, *grad_lepe_bias;  // as bias, lepe_weight, lepe_bias; null where those are

@@ -18,7 +18,6 @@
 namespace effattn::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f, kApart = -100.0f * kLog2E;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kKeyBlocks = 4, kKeyTile = 8 * kKeyBlocks;  // scores in registers
 constexpr int kStreamed = 2 * kKeyTile;                   // keys of a stage, where not all are resident
@@ -36,11 +35,6 @@ struct WindowForward {
   float scale_log2;
   bool mask_padding;
 };
-
-// What bias and masks need of a slot; -1: takes no part.
-EFFATTN_DEVICE int mask_code(const WindowHalf& half, Slot slot, int region) {
-  return bias_code(half, slot) * 4 + region;
-}
 
 // What a warp has of its 16 queries; of the rows g and g + 8 in two registers.
 template <class T, int D, bool kRich>
@@ -71,7 +65,8 @@ struct QueryRows {
       for (int i = 0; i < 4; ++i) score[n][i] *= scale_log2;
       if constexpr (kRich) {
         const Vec<int32_t, 2> key_code = codes.template load<2>(row + column);
-        add_terms(score[n], key_code);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[n][i] = with_bias_and_mask(score[n][i], bias, code[i / 2], key_code[i % 2]);
       } else if (8 * n + 8 > count) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -116,16 +111,6 @@ struct QueryRows {
       } else {
         multiply_one<T>(output, weight[0], first);
       }
-    }
-  }
-
- private:
-  EFFATTN_DEVICE void add_terms(float (&score)[4], const Vec<int32_t, 2>& key_code) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = key_code[i % 2], query = code[i / 2];
-      if (bias != nullptr) score[i] = fmaf(bias[max(key, 0) / 4 - query / 4], kLog2E, score[i]);
-      score[i] = key < 0 ? -INFINITY : (key ^ query) & 3 ? score[i] + kApart : score[i];
     }
   }
 };
@@ -251,10 +236,7 @@ __global__ void __maxnreg__((kRegisters<D, kRich>)) window_forward(const __grid_
   if constexpr (kRich) {
     rows.bias = a.bias == nullptr ? nullptr : bias_centre(a.bias, slots.half, place.head);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int index = min(first + lane / 4 + 8 * r, count - 1);
-      rows.code[r] = mask_code(slots.half, slot_of(slots.half, index), slots.token(index).region);
-    }
+    for (int r = 0; r < 2; ++r) rows.code[r] = query_code(slots, first + lane / 4 + 8 * r);
   }
 
   for (int next = 0; next <= stages; ++next) {
@@ -268,11 +250,7 @@ __global__ void __maxnreg__((kRegisters<D, kRich>)) window_forward(const __grid_
       if constexpr (kRich) {
         if (active)
 #pragma unroll 1
-          for (int i = thread; i < rounded; i += threads) {
-            const Token token = slots.token(start + i);
-            const bool takes_part = start + i < count && !(a.mask_padding && token.index < 0);
-            codes[row + i] = takes_part ? mask_code(slots.half, slot_of(slots.half, start + i), token.region) : -1;
-          }
+          for (int i = thread; i < rounded; i += threads) codes[row + i] = key_code(slots, start + i, a.mask_padding);
       }
       if (works && next == 0) {
         const TokenRows<T> query = a.query.at(slots.window.batch, place.head);

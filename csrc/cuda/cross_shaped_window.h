@@ -19,6 +19,7 @@ inline constexpr int kWarpRows = 16;            // of a matrix instruction
 inline constexpr int kWindowWarps = 8;          // at most in a block
 inline constexpr int64_t kMostSlots = 1 << 27;  // four times a place in the bias table is an int
 inline constexpr int kSmallWindow = 64;         // slots, up to which teams share a block
+inline constexpr float kLog2E = 1.4426950408889634f;
 
 // Division of 0 .. 2^31 - 1 without a division.
 struct Divisor {
@@ -47,6 +48,7 @@ struct WindowHalf {
   Divisor by_width, by_rows, by_columns, by_heads;
 
   __host__ __device__ int slots() const { return height * width; }
+  __host__ __device__ int bias_entries() const { return (2 * height - 1) * (2 * width - 1); }
 };
 
 struct WindowGeometry {
@@ -100,8 +102,8 @@ inline WindowGeometry geometry_of(const WindowAttention& a) {
 }
 
 // Small windows share a block of up to four warps, large ones (without `teams` all) are dealt out evenly to blocks of
-// up to kWindowWarps.
-inline WindowGrid grid_of(const WindowGeometry& geometry, bool teams = true) {
+// up to `most` warps.
+inline WindowGrid grid_of(const WindowGeometry& geometry, bool teams = true, int most = kWindowWarps) {
   WindowGrid grid = {};
   int64_t blocks = 0;
   for (int i = 0; i < 2; ++i) {
@@ -109,7 +111,7 @@ inline WindowGrid grid_of(const WindowGeometry& geometry, bool teams = true) {
     WindowShare& share = grid.share[i];
     const int tiles = static_cast<int>(ceil_div(half.slots(), kWarpRows));
     const bool small = teams && half.slots() <= kSmallWindow;
-    share.blocks = small ? 1 : static_cast<int>(ceil_div(tiles, kWindowWarps));
+    share.blocks = small ? 1 : static_cast<int>(ceil_div(tiles, most));
     share.warps = static_cast<int>(ceil_div(tiles, share.blocks));
     share.teams = small ? 4 / share.warps : 1;
     share.members = checked_count(int64_t{geometry.batch} * half.rows * half.columns);
@@ -200,8 +202,28 @@ struct Slots {
 EFFATTN_DEVICE int bias_columns(const WindowHalf& half) { return 2 * half.width - 1; }
 EFFATTN_DEVICE int bias_code(const WindowHalf& half, Slot slot) { return slot.y * bias_columns(half) + slot.x; }
 EFFATTN_DEVICE const float* bias_centre(const float* bias, const WindowHalf& half, int head) {
-  const int64_t entries = int64_t{2 * half.height - 1} * bias_columns(half);
-  return bias + head * entries + int64_t{half.height - 1} * bias_columns(half) + half.width - 1;
+  return bias + int64_t{head} * half.bias_entries() + int64_t{half.height - 1} * bias_columns(half) + half.width - 1;
+}
+
+// What bias and masks need of a slot: its bias_code and its region. A key that takes no part has -1.
+EFFATTN_DEVICE int mask_code(const WindowHalf& half, Slot slot, int region) {
+  return bias_code(half, slot) * 4 + region;
+}
+EFFATTN_DEVICE int query_code(const Slots<true>& slots, int index) {  // past the last slot: of that
+  index = min(index, slots.count() - 1);
+  return mask_code(slots.half, slot_of(slots.half, index), slots.token(index).region);
+}
+EFFATTN_DEVICE int key_code(const Slots<true>& slots, int index, bool mask_padding) {
+  const Token token = slots.token(index);
+  const bool takes_part = index < slots.count() && !(mask_padding && token.index < 0);
+  return takes_part ? mask_code(slots.half, slot_of(slots.half, index), token.region) : -1;
+}
+
+// A score, to base 2, with the bias of its pair, from bias_centre or null, and the mask. The codes are those above.
+EFFATTN_DEVICE float with_bias_and_mask(float score, const float* bias, int query, int key) {
+  constexpr float kApart = -100.0f * kLog2E;
+  if (bias != nullptr) score = fmaf(bias[max(key, 0) / 4 - query / 4], kLog2E, score);
+  return key < 0 ? -INFINITY : (key ^ query) & 3 ? score + kApart : score;
 }
 
 EFFATTN_DEVICE bool contains(const WindowHalf& half, int y, int x) {

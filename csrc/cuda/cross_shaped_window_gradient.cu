@@ -1,8 +1,9 @@
 // Gradients of attention in windows: the formulas and who owns what are in the headers.
 //
 // Windows of at most 64 slots: tile_gradient_kernel, all in one pass (_gradient_tile.h). Others: delta_kernel, then
-// stream_gradient_kernel for keys and for queries (_gradient_stream.h). LePE's weight and bias: sums of blocks in the
-// kernels that have dV, added in order (_gradient_lepe.h).
+// stream_gradient_kernel for keys and for queries (_gradient_stream.h). Parameters: sums of blocks, of LePE's weight
+// and bias in the kernels that have dV (_gradient_lepe.h), of the bias table in those that have dQ (_gradient_bias.h),
+// added in order.
 #include "cross_shaped_window_gradient_stream.h"
 
 namespace effattn::cuda {
@@ -52,18 +53,22 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(
       read_block(x, o, token, block);
       read_block(gradient, g, token, block);
       if (lepe) {
-        const int y = token / a.geometry.grid_w, column = token % a.geometry.grid_w;
-        const Slot slot = {(y + half.top) % half.height, (column + half.left) % half.width};
+        // its place in the rolled grid
+        int y = token / a.geometry.grid_w + half.top - a.geometry.shift_h;
+        int column = token % a.geometry.grid_w + half.left - a.geometry.shift_w;
+        if (y < 0) y += half.rows * half.height;
+        if (column < 0) column += half.columns * half.width;
+        const Slot slot = {y % half.height, column % half.width};
+        const Window window = {batch, y - slot.y, column - slot.x};
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] -= bias[i];
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
-          const int near_y = y + tap / 3 - 1, near_x = column + tap % 3 - 1;
-          if (neighbour(half, slot, tap).y < 0 || near_y < 0 || near_y >= a.geometry.grid_h || near_x < 0 ||
-              near_x >= a.geometry.grid_w)
-            continue;
+          const Slot at = neighbour(half, slot, tap);
+          const int near_token = at.y < 0 ? -1 : token_at<true>(a.geometry, half, window, at).index;
+          if (near_token < 0) continue;
           float near[8];
-          read_block(near, v, near_y * a.geometry.grid_w + near_x, block);
+          read_block(near, v, near_token, block);
 #pragma unroll
           for (int i = 0; i < 8; ++i) x[i] = fmaf(-taps[tap][i], near[i], x[i]);
         }
@@ -76,12 +81,13 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(
   }
 }
 
-// One block: 32 of the 10 x columns sums of a head, over all blocks that had the head: every 32nd, then those sums.
-__global__ void __launch_bounds__(kSumWarps* kWarp) add_lepe_sums_kernel(
-    const float* sums, WindowGeometry geometry, WindowGrid grid, int columns, float* grad_weight, float* grad_bias) {
+// One block: 32 of the `size` sums of a head, over all blocks that had the head: every 32nd, then those sums. `first`
+// has the first `size_of_first` of a head, `second`, where it is not null, the others.
+__global__ void __launch_bounds__(kSumWarps* kWarp) add_sums_kernel(const float* sums, WindowGeometry geometry,
+    WindowGrid grid, int size, int size_of_first, float* first, float* second) {
   SharedMemory shared;
   const auto parts = shared.array<double>(kSumWarps * kWarp);
-  const int size = kLepeSums * columns, blocks = (size + kWarp - 1) / kWarp;
+  const int blocks = (size + kWarp - 1) / kWarp;
   const int head = blockIdx.x / blocks, element = blockIdx.x % blocks * kWarp + lane_index();
   const int which = head >= geometry.half[1].first_head;
   const WindowHalf& half = geometry.half[which];
@@ -97,10 +103,10 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) add_lepe_sums_kernel(
   if (warp_index() > 0 || element >= size) return;
   double total = 0;
   for (int warp = 0; warp < kSumWarps; ++warp) total += parts[warp * kWarp + lane_index()];
-  if (element < kTaps * columns)
-    grad_weight[int64_t{head} * kTaps * columns + element] = static_cast<float>(total);
-  else if (grad_bias != nullptr)
-    grad_bias[int64_t{head} * columns + element - kTaps * columns] = static_cast<float>(total);
+  if (element < size_of_first)
+    first[int64_t{head} * size_of_first + element] = static_cast<float>(total);
+  else if (second != nullptr)
+    second[int64_t{head} * (size - size_of_first) + element - size_of_first] = static_cast<float>(total);
 }
 
 bool one_tile(const WindowGeometry& geometry) {
@@ -109,46 +115,82 @@ bool one_tile(const WindowGeometry& geometry) {
 
 inline constexpr int kWantedBlocks =
     2048;  // several waves of the largest chip; fixed, so that sums do not depend on it
+inline constexpr size_t kLeastShared = 99 * 1024;  // what a block may ask for on every chip that is served
+
+// A grid whose blocks walk over groups of windows.
+struct Walk {
+  WindowGrid grid;
+  int walk, groups[2];
+};
+
+Walk walk_of(const WindowGeometry& geometry, const WindowGrid& grid, int walk) {
+  Walk result = {grid, walk, {}};
+  int64_t blocks = 0;
+  for (int i = 0; i < 2; ++i) {
+    WindowShare& share = result.grid.share[i];
+    result.groups[i] = share.chunks;
+    share.chunks = static_cast<int>(ceil_div(share.chunks, walk));
+    blocks += int64_t{geometry.half[i].heads} * share.blocks * share.chunks;
+    if (i == 0) result.grid.first_blocks = static_cast<int>(blocks);
+  }
+  result.grid.blocks = static_cast<int>(blocks);
+  return result;
+}
 
 struct GradientPlan {
   WindowGeometry geometry;
-  WindowGrid grid;
-  bool one_tile;
-  int walk, groups[2];
-  int64_t delta_bytes, lepe_bytes;
+  bool one_tile, rich;
+  int bias_slots;         // of a window with a bias, else 0
+  Walk windows, queries;  // the kernel that has dV and, where it is another, the one that has dQ
+  int64_t delta_bytes, lepe_bytes, bias_bytes;
 };
+
+// The most warps of a block of queries that keeps sums for the bias.
+int warps_with_bias(int columns, int slots) {
+  int warps = kWindowWarps;
+  with_columns(columns, [&]<int D>() {
+    while (warps > 1 && stream_gradient_shared<bfloat16, D, false, true>(warps, slots) > kLeastShared) --warps;
+  });
+  return warps;
+}
 
 GradientPlan plan_of(const WindowAttention& a) {
   GradientPlan plan = {};
-  plan.geometry = geometry_of(a);
-  plan.one_tile = one_tile(plan.geometry);
-  plan.grid = grid_of(plan.geometry, plan.one_tile);
-  plan.walk = plan.one_tile ? max(1, plan.grid.blocks / kWantedBlocks) : 1;
-  int64_t blocks = 0;
-  for (int i = 0; i < 2; ++i) {
-    WindowShare& share = plan.grid.share[i];
-    plan.groups[i] = share.chunks;
-    share.chunks = static_cast<int>(ceil_div(share.chunks, plan.walk));
-    blocks += int64_t{plan.geometry.half[i].heads} * share.blocks * share.chunks;
-    if (i == 0) plan.grid.first_blocks = static_cast<int>(blocks);
+  const WindowGeometry geometry = plan.geometry = geometry_of(a);
+  plan.one_tile = one_tile(geometry);
+  plan.rich = a.bias != nullptr || a.shift_h + a.shift_w > 0;
+  plan.bias_slots = a.bias == nullptr ? 0 : geometry.half[0].slots();
+  const auto walk = [](const WindowGrid& grid) { return max(1, grid.blocks / kWantedBlocks); };
+  const WindowGrid grid = grid_of(geometry, plan.one_tile);
+  plan.windows = walk_of(geometry, grid, plan.one_tile ? walk(grid) : 1);
+  plan.queries = plan.windows;
+  if (!plan.one_tile && plan.bias_slots > 0) {
+    const int columns = static_cast<int>(a.query.size[3]);
+    const WindowGrid queries = grid_of(geometry, false, warps_with_bias(columns, plan.bias_slots));
+    plan.queries = walk_of(geometry, queries, walk(queries));
   }
-  plan.grid.blocks = static_cast<int>(blocks);
   plan.delta_bytes = plan.one_tile ? 0 : ceil_div(a.query.size[0] * a.query.size[1] * a.query.size[2], 4) * 16;
-  plan.lepe_bytes = a.lepe_weight == nullptr ? 0 : blocks * kLepeSums * a.query.size[3] * 4;
+  plan.lepe_bytes = a.lepe_weight == nullptr ? 0 : int64_t{plan.windows.grid.blocks} * kLepeSums * a.query.size[3] * 4;
+  if (plan.bias_slots > 0) plan.bias_bytes = int64_t{plan.queries.grid.blocks} * geometry.half[0].bias_entries() * 4;
   return plan;
 }
 
-template <class T, int D>
-void launch_gradients(const WindowGradient<T>& gradient, const GradientPlan& plan, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan.grid.blocks)), block(static_cast<unsigned>(plan.grid.warps * kWarp));
+template <class T, int D, bool kRich>
+void launch_gradients(WindowGradient<T> gradient, const GradientPlan& plan, cudaStream_t stream) {
+  const auto launch_on = [&](const Walk& walk, auto kernel, size_t shared) {
+    gradient.grid = walk.grid;
+    gradient.walk = walk.walk;
+    for (int i = 0; i < 2; ++i) gradient.groups[i] = walk.groups[i];
+    launch(kernel, dim3(static_cast<unsigned>(walk.grid.blocks)), dim3(static_cast<unsigned>(walk.grid.warps * kWarp)),
+        shared, stream, gradient);
+  };
   if (plan.one_tile) {
-    launch(tile_gradient_kernel<T, D>, grid, block, tile_gradient_shared<T, D>(), stream, gradient);
+    launch_on(plan.windows, tile_gradient_kernel<T, D, kRich>, tile_gradient_shared<T, D, kRich>());
   } else {
-    const int warps = plan.grid.warps;
-    launch(
-        stream_gradient_kernel<T, D, true>, grid, block, stream_gradient_shared<T, D, true>(warps), stream, gradient);
-    launch(
-        stream_gradient_kernel<T, D, false>, grid, block, stream_gradient_shared<T, D, false>(warps), stream, gradient);
+    launch_on(plan.windows, stream_gradient_kernel<T, D, true, kRich>,
+        stream_gradient_shared<T, D, true, kRich>(plan.windows.grid.warps, 0));
+    launch_on(plan.queries, stream_gradient_kernel<T, D, false, kRich>,
+        stream_gradient_shared<T, D, false, kRich>(plan.queries.grid.warps, plan.bias_slots));
   }
 }
 
@@ -164,31 +206,45 @@ void launch_delta(const WindowGradient<T>& gradient, const WindowAttention& a, f
 
 int64_t window_attention_gradient_workspace(const WindowAttentionGradient& g) {
   const GradientPlan plan = plan_of(g.of);
-  return plan.delta_bytes + plan.lepe_bytes;
+  return plan.delta_bytes + plan.lepe_bytes + plan.bias_bytes;
 }
 
 void window_attention_gradient(const WindowAttentionGradient& g, void* workspace, void* stream_pointer) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   const WindowAttention& a = g.of;
   const GradientPlan plan = plan_of(a);
-  float* const delta = static_cast<float*>(workspace);
-  float* const lepe_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.delta_bytes);
-  const auto run = [&](auto element) {
+  char* const memory = static_cast<char*>(workspace);
+  float* const delta = reinterpret_cast<float*>(memory);
+  float* const lepe_sums = reinterpret_cast<float*>(memory + plan.delta_bytes);
+  float* const bias_sums = reinterpret_cast<float*>(memory + plan.delta_bytes + plan.lepe_bytes);
+  const auto run = [&]<int D>(auto element) {
     using T = decltype(element);
-    const WindowGradient<T> gradient = {plan.geometry, plan.grid, plan.walk, {plan.groups[0], plan.groups[1]},
-        token_tensor<T>(a.query), token_tensor<T>(a.key), token_tensor<T>(a.value), token_tensor<T>(g.grad_output),
-        a.logsumexp, delta, a.lepe_weight, token_tensor<T>(g.grad_query), token_tensor<T>(g.grad_key),
-        token_tensor<T>(g.grad_value), lepe_sums, static_cast<int>(a.query.size[1]), a.mask_padding, a.scale};
+    const WindowGradient<T> gradient = {plan.geometry, {}, 1, {}, token_tensor<T>(a.query), token_tensor<T>(a.key),
+        token_tensor<T>(a.value), token_tensor<T>(g.grad_output), a.logsumexp, delta, a.bias, a.lepe_weight,
+        token_tensor<T>(g.grad_query), token_tensor<T>(g.grad_key), token_tensor<T>(g.grad_value), lepe_sums,
+        a.bias == nullptr ? nullptr : bias_sums, static_cast<int>(a.query.size[1]), a.mask_padding, a.scale};
     if (!plan.one_tile) launch_delta(gradient, a, delta, stream);
-    with_columns(a.query.size[3], [&]<int D>() { launch_gradients<T, D>(gradient, plan, stream); });
+    if (plan.rich)
+      launch_gradients<T, D, true>(gradient, plan, stream);
+    else
+      launch_gradients<T, D, false>(gradient, plan, stream);
   };
-  a.query.dtype == DType::kBFloat16 ? run(bfloat16{}) : run(float16{});
-  if (a.lepe_weight == nullptr) return;
-  const int columns = static_cast<int>(a.query.size[3]);
-  const int64_t blocks = a.query.size[1] * ceil_div(kLepeSums * columns, kWarp);
-  launch(add_lepe_sums_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kSumWarps * kWarp),
-      shared_bytes<double>(kSumWarps * kWarp), stream, static_cast<const float*>(lepe_sums), plan.geometry, plan.grid,
-      columns, g.grad_lepe_weight, g.grad_lepe_bias);
+  with_columns(a.query.size[3], [&]<int D>() {  // instances that differ by T alone, side by side, compress to one
+    if (a.query.dtype == DType::kBFloat16)
+      run.template operator()<D>(bfloat16{});
+    else
+      run.template operator()<D>(float16{});
+  });
+  const auto add_sums = [&](const float* sums, const WindowGrid& grid, int64_t size, int64_t size_of_first,
+                            float* first, float* second) {
+    launch(add_sums_kernel, dim3(static_cast<unsigned>(a.query.size[1] * ceil_div(size, kWarp))),
+        dim3(kSumWarps * kWarp), shared_bytes<double>(kSumWarps * kWarp), stream, sums, plan.geometry, grid,
+        static_cast<int>(size), static_cast<int>(size_of_first), first, second);
+  };
+  const int64_t columns = a.query.size[3], entries = plan.geometry.half[0].bias_entries();
+  if (a.lepe_weight != nullptr)
+    add_sums(lepe_sums, plan.windows.grid, kLepeSums * columns, kTaps * columns, g.grad_lepe_weight, g.grad_lepe_bias);
+  if (a.bias != nullptr) add_sums(bias_sums, plan.queries.grid, entries, entries, g.grad_bias, nullptr);
 }
 
 }  // namespace effattn::cuda

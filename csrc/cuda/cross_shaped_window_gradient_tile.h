@@ -1,6 +1,6 @@
 // Gradients of windows of at most 64 slots, each in one pass, from q, k, v, dO and the log-sum-exp:
 //
-//   P = exp(scale Q K^T - lse)      dP = dO V^T      delta_i = sum_j P_ij dP_ij      dS = P (dP - delta)
+//   P = exp(scale Q K^T + bias + mask - lse)      dP = dO V^T      delta_i = sum_j P_ij dP_ij      dS = P (dP - delta)
 //   dQ = scale dS K                 dK = scale dS^T Q                 dV = P^T dO + what LePE adds
 //
 // A warp has 16 queries and all keys of its window, S, P, dP and dS in registers; so the sums over a row are shuffles
@@ -11,11 +11,14 @@
 // delta, so O and LePE(V), from memory. The log-sum-exp is 4 bytes a row, and spares a maximum, a sum and a division.
 //
 // Shared memory, 64 rows each: q, k, v, dO; P and dS. V's rows belong to one warp once dP is there; they then stage
-// what it stores. A block walks `walk` groups of windows of one head, and keeps its sums for LePE in shared memory.
+// what it stores. A block walks `walk` groups of windows of one head, and keeps its sums for LePE in shared memory. dS
+// summed over those windows, for the bias table, stays in registers; at the end the diagonals are added up in the place
+// of P and dS (_gradient_bias.h). That and the codes of slots are in the instance kRich, for a shift or a bias.
 //
 // Bytes: 7 N D of 2, 4 N. FLOPs: 10 N K D.
 #pragma once
 
+#include "cross_shaped_window_gradient_bias.h"
 #include "cross_shaped_window_gradient_lepe.h"
 
 namespace effattn::cuda {
@@ -27,11 +30,12 @@ template <class T>
 struct WindowGradient {
   WindowGeometry geometry;
   WindowGrid grid;
-  int walk, groups[2];  // of windows: a block has `walk` of them
+  int walk, groups[2];  // of windows: a block has `walk` of them, where it walks
   TokenTensor<T> query, key, value, grad_output;
-  const float *logsumexp, *delta, *lepe_weight;
+  const float *logsumexp, *delta, *bias, *lepe_weight;
   TokenTensor<T> grad_query, grad_key, grad_value;
   float* lepe_sums;  // (blocks, 10, D)
+  float* bias_sums;  // (blocks, 2 height - 1, 2 width - 1), null where there is no bias
   int heads;
   bool mask_padding;
   float scale;
@@ -40,8 +44,6 @@ struct WindowGradient {
     return (int64_t{batch} * heads + head) * geometry.grid_h * geometry.grid_w;
   }
 };
-
-inline constexpr float kLog2E = 1.4426950408889634f;
 
 // sums * factor, rounded, to the rows of the tokens of slots g and g + 8; through 16 rows of a tile that the warp owns.
 template <class T, int kBlocks>
@@ -107,14 +109,14 @@ EFFATTN_DEVICE uint64_t keys_taking_part(const Slots<false>& window, bool mask_p
   return low | uint64_t{high} << kWarp;
 }
 
-template <class T, int D>
+template <class T, int D, bool kRich>
 constexpr size_t tile_gradient_shared() {
   return 4 * shared_bytes<T>(kTileRows * kPitchOf<D>) + shared_bytes<T>(2 * kTileRows * kScorePitch) +
-         lepe_shared<D>(kTileRows / kWarpRows);
+         lepe_shared<D>(kTileRows / kWarpRows) + shared_bytes<int32_t>(kRich ? kTileRows : 0);
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
+template <class T, int D, bool kRich>
+__global__ void __launch_bounds__(kTileThreads, (D <= 32 ? 4 : 3) - kRich)
     tile_gradient_kernel(const __grid_constant__ WindowGradient<T> a) {
   constexpr int kBlocks = D / 8, kPitch = kPitchOf<D>;
   SharedMemory shared;
@@ -131,11 +133,14 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
   const float scale_log2 = a.scale * kLog2E;
   const Lepe<D> lepe(shared.array<float>((kTaps + block_threads() / kWarp * kLepeSums) * D), a.lepe_weight, place.head,
       a.query.columns);
+  const auto codes = shared.array<int32_t>(kRich ? kTileRows : 0);  // of the keys
+  const float* const bias = kRich && a.bias != nullptr ? bias_centre(a.bias, half, place.head) : nullptr;
+  float ds_sums[kRich ? kKeyBlocks : 1][4] = {};
   const int last = min(a.groups[place.half], (place.chunk + 1) * a.walk);
   for (int group = place.chunk * a.walk; group < last; ++group) {
     const int member = group * share.teams + team;
     const bool exists = team < share.teams && member < share.members;
-    const Slots<false> window = {a.geometry, half, window_of(half, exists ? member : 0)};
+    const Slots<kRich> window = {a.geometry, half, window_of(half, exists ? member : 0)};
     const int batch = window.window.batch;
     sync_block();  // all are done with the last window
     {
@@ -158,7 +163,15 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
       lse[i] = INFINITY;  // a row that is none has P = 0
       if (token[i] >= 0) lse[i] = a.logsumexp[a.statistics(batch, place.head) + token[i]] * kLog2E;
     }
-    const uint64_t part = keys_taking_part(window, a.mask_padding);
+    uint64_t part = 0;
+    int code[2] = {};
+    if constexpr (kRich) {
+      if (lane < kWarpRows) codes[row + lane] = key_code(window, first_slot + lane, a.mask_padding);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) code[i] = query_code(window, first_slot + lane / 4 + 8 * i);
+    } else {
+      part = keys_taking_part(window, a.mask_padding);
+    }
     cp_async_wait<0>();
     sync_block();
 
@@ -174,10 +187,17 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
       for (int n = 0; n < kKeyBlocks; ++n) {
         if (n >= key_blocks) break;
         const uint32_t here = static_cast<uint32_t>(part >> n * 8) & 0xff;
+        Vec<int32_t, 2> keys = {};
+        if constexpr (kRich) keys = codes.load<2>(first_row + n * 8 + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[n][i] = exp2_approx(fmaf(p[n][i], scale_log2, -lse[i / 2]));
-          if (here != 0xff && !(here >> (lane % 4 * 2 + i % 2) & 1)) p[n][i] = 0;
+          if constexpr (kRich) {
+            p[n][i] = with_bias_and_mask(p[n][i] * scale_log2, bias, code[i / 2], keys[i % 2]);
+            p[n][i] = exp2_approx(p[n][i] - lse[i / 2]);
+          } else {
+            p[n][i] = exp2_approx(fmaf(p[n][i], scale_log2, -lse[i / 2]));
+            if (here != 0xff && !(here >> (lane % 4 * 2 + i % 2) & 1)) p[n][i] = 0;
+          }
           delta[i / 2] = fmaf(p[n][i], dp[n][i], delta[i / 2]);
         }
       }
@@ -186,7 +206,10 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
 #pragma unroll
       for (int n = 0; n < kKeyBlocks; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dp[n][i] = p[n][i] * (dp[n][i] - delta[i / 2]);
+        for (int i = 0; i < 4; ++i) {
+          dp[n][i] = p[n][i] * (dp[n][i] - delta[i / 2]);
+          if constexpr (kRich) ds_sums[n][i] += dp[n][i];
+        }
         uint32_t p_left[2];
         pack_left<T>(p_left, p[n]);
         pack_left<T>(ds_left[n], dp[n]);
@@ -248,6 +271,15 @@ __global__ void __launch_bounds__(kTileThreads, D <= 32 ? 4 : 3)
   }
   if (a.lepe_weight != nullptr)
     lepe.write(a.lepe_sums + int64_t{blockIdx.x} * kLepeSums * a.query.columns, a.query.columns);
+  if constexpr (kRich) {
+    static_assert(kTileRows / kWarpRows * BiasSums::floats(kTileRows) <= kTileRows * kScorePitch);
+    if (a.bias_sums == nullptr) return;
+    sync_block();  // all are done with P and dS
+    const BiasSums sums(p_tile.template as<float>(), half, first_slot);
+    sums.add<0>(ds_sums, 0);
+    if (half.slots() > kTileRows / 2) sums.add<kKeyBlocks / 2>(ds_sums, kTileRows / 2);
+    sums.write(a.bias_sums + int64_t{blockIdx.x} * half.bias_entries(), 0, share.teams * share.warps, share.warps);
+  }
 }
 
 }  // namespace effattn::cuda

@@ -56,6 +56,9 @@ of their own window. lepe_weight: (H, 9, D), lepe_bias: (H, D). All contiguous f
 CUDA_HEAD_DIM = 64
 """The largest head_dim that the CUDA kernels take."""
 
+CUDA_BIAS_GRADIENT_TOKENS = 1024
+"""The most tokens in a window whose bias table gets a gradient from the CUDA kernels."""
+
 
 def _cuda(problem: Problem) -> tuple[bool, str]:
     if problem.dtype == torch.float32:
@@ -341,7 +344,7 @@ def _attend(
         _check_divides(op, grid, windows)
     _check_lepe(op, query, *lepe)
     query, key, value = _checks.autocast(query, key, value)
-    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), shift, overlap, bias[0])
+    beyond_cuda = _beyond_cuda((query, key, value, bias[0], *lepe), windows[0], overlap, bias[0])
     problem = Problem(query.device.type, query.dtype, query.shape[3], dropout_p, beyond_cuda=beyond_cuda)
     backend = choose(op, backend, problem)
     if backend == "reference":
@@ -359,10 +362,13 @@ def _attend(
     )
 
 
-def _beyond_cuda(tensors, shift, overlap, bias_table) -> str:
+def _beyond_cuda(tensors, size, overlap, bias_table) -> str:
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if trains and (shift != (0, 0) or bias_table is not None):
-        return "the CUDA kernels of windows have no backward with a shift or a bias table"
+    if trains and bias_table is not None and size[0] * size[1] > CUDA_BIAS_GRADIENT_TOKENS:
+        return (
+            "the CUDA kernels of windows have a backward with a bias table for windows of up to "
+            f"{CUDA_BIAS_GRADIENT_TOKENS} tokens, got {size[0] * size[1]}"
+        )
     if overlap != (0, 0):
         return "the CUDA kernels of windows have no overlap"
     return ""

@@ -7,7 +7,7 @@ namespace {
 
 using effattn::cuda::WindowAttention;
 
-constexpr int64_t kMaxHeadDim = 64, kMostSlots = 1 << 27;
+constexpr int64_t kMaxHeadDim = 64, kMostSlots = 1 << 27, kMostSlotsOfBiasGradient = 1024;
 
 Tensor tokens_of(const Device& device, const TorchTensor& tensor, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must be (B, H, N, D)");
@@ -102,11 +102,13 @@ Gradients window_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key
     int64_t second_h, int64_t second_w, int64_t shift_h, int64_t shift_w, int64_t overlap_h, int64_t overlap_w,
     int64_t num_prefix_tokens, bool mask_padding, bool bias_weighs, double scale) {
   const Device device(query);
-  STD_TORCH_CHECK(!bias && shift_h + shift_w == 0, "the CUDA kernels of windows have no backward with bias or shift");
   effattn::cuda::WindowAttentionGradient g = {};
   g.of = arguments_of(device, query, key, value, bias, lepe_weight, lepe_bias,
       {grid_h, grid_w, window_h, window_w, second_h, second_w, shift_h, shift_w, overlap_h, overlap_w,
           num_prefix_tokens, mask_padding, bias_weighs, scale});
+  STD_TORCH_CHECK(!bias || window_h * window_w <= kMostSlotsOfBiasGradient,
+      "the CUDA kernels have a gradient of the bias of windows of up to ", kMostSlotsOfBiasGradient, " tokens, got ",
+      window_h * window_w);
   const Tensor& q = g.of.query;
   const int64_t heads = q.size[1], head_dim = q.size[3];
   g.of.output = tokens_of(device, output, q, "output");
@@ -123,14 +125,14 @@ Gradients window_bwd(TorchTensor grad_output, TorchTensor query, TorchTensor key
     if (given) to = static_cast<float*>(gradient.data_ptr());
     return gradient;
   };
-  TorchTensor grad_bias = parameter(false, {}, g.grad_bias);
+  TorchTensor grad_bias = parameter(bias.has_value(), {heads, 2 * window_h - 1, 2 * window_w - 1}, g.grad_bias);
   TorchTensor grad_weight = parameter(lepe_weight.has_value(), {heads, 9, head_dim}, g.grad_lepe_weight);
   TorchTensor grad_lepe_bias = parameter(lepe_bias.has_value(), {heads, head_dim}, g.grad_lepe_bias);
   if (query.numel() > 0) {
     TorchTensor workspace = device.workspace(effattn::cuda::window_attention_gradient_workspace(g));
     effattn::cuda::window_attention_gradient(g, workspace.data_ptr(), device.stream());
   } else {
-    for (TorchTensor* gradient : {&grad_weight, &grad_lepe_bias}) torch::stable::zero_(*gradient);
+    for (TorchTensor* gradient : {&grad_bias, &grad_weight, &grad_lepe_bias}) torch::stable::zero_(*gradient);
   }
   return {std::move(grad_query), std::move(grad_key), std::move(grad_value), std::move(grad_bias),
       std::move(grad_weight), std::move(grad_lepe_bias)};
