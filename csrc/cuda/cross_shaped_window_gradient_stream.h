@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kWindowWarps* kWarp, D <= 32 ? 2 : 1)
         const int blocks = (left_over + 7) / 8;
         constexpr int kScoreBlocks = kScoreColumns / 8;
         float p[kScoreBlocks][4] = {}, ds[kScoreBlocks][4] = {};
-        Left<kBlocks> left_rows;  // again for these columns: held, they would spill
+        uint32_t left_rows[kBlocks][2];  // again for these columns: held, they would spill
         load_left(left_rows, x_own, kPitch, row);
         add_scores(p, left_rows, x_tiles, kPitch, stage + first, blocks);
         load_left(left_rows, y_own, kPitch, row);

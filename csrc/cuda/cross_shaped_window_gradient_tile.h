@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kTileThreads, (D <= 32 ? 4 : 3) - kRich)
     uint32_t ds_left[kKeyBlocks][2];
     {
       float p[kKeyBlocks][4] = {}, dp[kKeyBlocks][4] = {}, delta[2] = {};
-      Left<kBlocks> left;
+      uint32_t left[kBlocks][2];
       load_left(left, q_tile, kPitch, row);
       add_scores(p, left, k_tile, kPitch, first_row, key_blocks);
       load_left(left, g_tile, kPitch, row);

@@ -108,7 +108,8 @@ void with_columns(int64_t columns, Function function) {
 
 // ---- Fragments
 // A left factor of 16 rows has two registers a block of depth (rows g and g + 8), a right factor of 8 columns one. Sums
-// are four, as device.h says; rounded to T they are a block of a left factor as they lie.
+// are four, as device.h says; rounded to T they are a block of a left factor as they lie. nvcc 12.4 crashes at a local
+// Left<n> where n is a constant of the function: such arrays are written out.
 
 template <int kBlocks>
 using Left = uint32_t[kBlocks][2];
