@@ -116,20 +116,20 @@ BELOW = (
     Reason(
         "retention, training, on two fp32 units",
         lambda p: _is(p, "retention", training=True),
-        "The peak is twice that of the other machine, the traffic is not: by the [prices of the fit](scaling.md#time) rows are read and gradients written in 1.3 of 4.1 ms at 1024 tokens, 0.6 are per token "
+        "The peak is twice that of the other machine, the traffic is not: by the prices of [its fit](../bench/results/intel-xeon-family-6-model-167-2-cores/scaling.json) rows are read and gradients written in 1.3 of 4.1 ms at 1024 tokens, 0.6 are per token "
         "and per call, products the rest.",
         NOTHING,
     ),
     Reason(
         "Gaussian mixture, 256 tokens, training",
         lambda p: _is(p, "gaussian_mixture", training=True) and p.row["shape"][2] == 256,
-        "By the prices of the fit 0.9 of 2.5 ms are per call, per token and per channel: packing, and parameters' gradients.",
+        "By the prices of its fit 0.9 of 2.5 ms are per call, per token and per channel: packing, and parameters' gradients.",
         NOTHING,
     ),
     Reason(
         "shift-add attention, float32",
         lambda p: _is(p, "attention", dtype="float32"),
-        "By the prices of the fit a token costs 34 ns (110 in training) beside its products: 0.21 of 0.51 ms at 784 tokens, 0.69 of 2.75 in training, on a machine whose peak is twice that of the other.",
+        "By the prices of its fit a token costs 34 ns (110 in training) beside its products: 0.21 of 0.51 ms at 784 tokens, 0.69 of 2.75 in training, on a machine whose peak is twice that of the other.",
         NOTHING,
     ),
     Reason(
@@ -150,12 +150,6 @@ BELOW = (
         lambda p: _is(p, "linear", training=True) and p.row["shape"][2] == 1,
         "Nearly all of it is quantising the dense weight anew, 16.8 million elements in tensor operations, for one row of input.",
         QUANTISING,
-    ),
-    Reason(
-        "shift linear layer, one row",
-        lambda p: _is(p, "linear", training=False) and p.row["shape"][2] == 1,
-        "Not explained: with the same packed weights it is 0.38 ms in bfloat16, 81 %, and this row is noisy.",
-        NOTHING,
     ),
     Reason(
         "shift linear layer, training many rows",

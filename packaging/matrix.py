@@ -213,11 +213,15 @@ PYTHONPATH=arm CXX=aarch64-linux-gnu-g++ EFFATTN_CUDA=0 pip wheel --no-build-iso
 """
 
 
+def version(record: dict) -> str:
+    """That of the wheel, such as 0.1.0+cu12."""
+    return record["wheel"].split("-")[1]
+
+
 def place(record: dict) -> tuple:
-    """Where a record stands in the table."""
-    return tuple(int(part) for part in (*record["asked torch"].split("."), *record["asked python"].split("."))), record[
-        "build"
-    ]
+    """Where a record stands in the table, and which other record it replaces."""
+    asked = (*record["asked torch"].split("."), *record["asked python"].split("."))
+    return tuple(int(part) for part in asked), record["build"], version(record)
 
 
 def counted(record: dict) -> str:
@@ -245,7 +249,8 @@ def render(records: list[dict]) -> str:
             cuda = f"loads, {record['cuda ops']} ops" if record["cuda library"] else record["cuda problem"]
         else:
             tests, cuda = "failed: " + " ".join(record["reason"].replace("|", "/").split()), "-"
-        lines.append(f"| {torch} | {python} | {tests} | {cuda} | {(record.get('commit') or 'unknown')[:10]} |")
+        commit = (record.get("commit") or "unknown")[:10]
+        lines.append(f"| {torch} | {python} | {tests} | {cuda} | {version(record)} of {commit} |")
     lines += ["", "Not to be had on this machine:", ""] if unavailable else []
     for (torch, reason), pythons in unavailable.items():
         lines.append(f"- {torch}, for Python {', '.join(pythons)}: {reason}")
@@ -293,8 +298,7 @@ def tried(records: list[dict], options, python: str, torch: str, build: str) -> 
     print(
         f"python {found[0]}, torch {torch}, {build}: {record['result']} {record.get('reason', '')[-300:]}", flush=True
     )
-    same = (*asked.values(), build)
-    records = [r for r in records if (r["asked python"], r["asked torch"], r["build"]) != same]
+    records = [other for other in records if place(other) != place(record)]
     records.append(record)
     options.record.write_text(json.dumps(sorted(records, key=place), indent=1) + "\n")
     return records, record

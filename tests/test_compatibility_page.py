@@ -35,16 +35,17 @@ def test_no_cell_is_recorded_as_failed(records):
 
 def test_a_cell_that_failed_or_is_not_there_says_why(matrix):
     asked = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cpu", "commit": "0123456789abcdef"}
+    asked["wheel"] = "effattn-0.1.0+cu12-py3-none-any.whl"
     page = matrix.render([{**asked, "result": "failed", "reason": "this | that\nis wrong"}])
-    assert "| 2.10.0, CPU build | 3.12 | failed: this / that is wrong | - | 0123456789 |" in page
+    assert "| 2.10.0, CPU build | 3.12 | failed: this / that is wrong | - | 0.1.0+cu12 of 0123456789 |" in page
     gone = [{**asked, "asked python": python, "result": "not to be had here", "reason": "no: cause: no index"} for python in ("3.10", "3.12")]  # fmt: skip
     assert "\n- 2.10.0, CPU build, for Python 3.10, 3.12: no index\n" in matrix.render(gone)
 
 
 def test_tests_that_did_not_run_are_no_pass(matrix):
     record = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cuda", "result": "passed", "tests": {}}
-    record |= {"without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
-    assert "| not run; import, `info` and `doctor` only | missing | unknown |" in matrix.render([record])
+    record |= {"wheel": "effattn-0.1.0-py3-none-any.whl", "without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
+    assert "| not run; import, `info` and `doctor` only | missing | 0.1.0 of unknown |" in matrix.render([record])
     record |= {"tests": {"passed": 3}, "without": ["test_sharding.py"]}
     assert "| 3 passed, 0 skipped, without `test_sharding.py` |" in matrix.render([record])
 
