@@ -8,10 +8,10 @@ from pathlib import Path
 from effattn._files import write_atomically
 
 from . import answers, model, picture, published, ranks
+from .allocation import KEPT, MAPPED
 from .answers import BATCH, DTYPE, HEAD_DIM, HEADS, PEERS
 from .subjects import SUBJECTS, TRAINING
 from .text import by_assumption, duration, number, size_text, spread, table, whole_number
-from .allocation import KEPT, MAPPED
 from .units import CACHE, CACHES, CHUNK, SEGMENT, STRIPE, WINDOW
 
 ROOT = Path(__file__).resolve().parents[2]
