@@ -44,7 +44,12 @@ def test_a_cell_that_failed_or_is_not_there_says_why(matrix):
 
 def test_tests_that_did_not_run_are_no_pass(matrix):
     record = {"asked python": "3.12", "asked torch": "2.10.0", "build": "cuda", "result": "passed", "tests": {}}
-    record |= {"wheel": "effattn-0.1.0-py3-none-any.whl", "without": list(matrix.TESTS), "cuda library": False, "cuda problem": "missing"}
+    record |= {
+        "wheel": "effattn-0.1.0-py3-none-any.whl",
+        "without": list(matrix.TESTS),
+        "cuda library": False,
+        "cuda problem": "missing",
+    }
     assert "| not run; import, `info` and `doctor` only | missing | 0.1.0 of unknown |" in matrix.render([record])
     record |= {"tests": {"passed": 3}, "without": ["test_sharding.py"]}
     assert "| 3 passed, 0 skipped, without `test_sharding.py` |" in matrix.render([record])
