@@ -36,7 +36,8 @@ def _compiler():
 
 
 def _ninja():
-    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts")) or "ninja"
+    """That of this Python first: another version takes every command for changed, and some tests have other PATHs."""
+    return shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja") or "ninja"
 
 
 def _escaped(path):
