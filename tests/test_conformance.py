@@ -36,7 +36,6 @@ from effattn import _native, _registry
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPE_IDS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 HEAD_DIMS = (1, 3, 8, 16, 24, 30, 64, 80, 128, 200, 256)
 KERNELS = case_and_backend(without=("reference",))
 SLOW = "interpreters and emulators are slow, each has its own file of tests"
@@ -77,6 +76,9 @@ OVER_BUDGET = {
 
 def dtype_ids(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+DTYPE_IDS = {dtype_ids(dtype): dtype for dtype in DTYPES}
 
 
 def check(case, backend: str, shape: Shape, dtype: torch.dtype, layouts=None, grad_layout=None, seed: int = 0) -> None:

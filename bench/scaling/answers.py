@@ -13,7 +13,7 @@ from effattn.distributed import BLOCK
 from ..bench_attention import ADDITIVE
 from ..bench_retention import PARALLEL
 from ..cases import FORWARD
-from . import published, ranks, units
+from . import published, ranks
 from .allocation import count
 from .published import Efficiency
 from .subjects import CAUSAL, SEQUENCE_PARALLEL, SUBJECTS, TRAINING, Subject, on_grid
@@ -95,12 +95,13 @@ def first_that_pays(single, several, lengths=tuple(1 << bits for bits in range(6
 def cpu_break_even(found: dict, direction: str, count: int) -> int | None:
     """Tokens from which so many one-thread ranks over gloo are faster than one such rank."""
     one, each = ranks.whole(found, direction), ranks.slices(found, direction)
+    units = SUBJECTS[SEQUENCE_PARALLEL].units
 
     def several(tokens: int) -> float:
         return ranks.predicted(found, each, Size(1, 8, tokens // count, 64), count, direction)
 
     lengths = [tokens for tokens in (1 << bits for bits in range(6, 31)) if tokens >= count]
-    return first_that_pays(lambda tokens: one.seconds(units.state(Size(1, 8, tokens, 64))), several, lengths)
+    return first_that_pays(lambda tokens: one.seconds(units(Size(1, 8, tokens, 64))), several, lengths)
 
 
 SHAPE = HEADS, HEAD_DIM, HEAD_DIM

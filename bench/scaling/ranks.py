@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..cases import FORWARD
-from . import model, units
+from . import model
 from .subjects import SEQUENCE_PARALLEL, SUBJECTS, TRAINING
 from .units import Size
 
@@ -170,14 +170,19 @@ def link(found: dict, which: str = "messages") -> Link:
     return Link(fitted.prices.get("call", 0.0), 1 / fitted.prices["bytes"])
 
 
+def _fit(found: dict, which: str, direction: str) -> model.Fit:
+    units = SUBJECTS[SEQUENCE_PARALLEL].units
+    return model.fit((units(size), found[which][f"{size.tokens} {direction}"]) for size in SLICES)
+
+
 def whole(found: dict, direction: str) -> model.Fit:
     """What one rank with the whole sequence computes, on one thread."""
-    return model.fit((units.state(size), found["whole"][f"{size.tokens} {direction}"]) for size in SLICES)
+    return _fit(found, "whole", direction)
 
 
 def slices(found: dict, direction: str) -> model.Fit:
     """What a rank computes on one thread, and how well that and the messages predict two ranks."""
-    prices = model.fit((units.state(size), found["alone"][f"{size.tokens} {direction}"]) for size in SLICES)
+    prices = _fit(found, "alone", direction)
     return prices._replace(
         errors=tuple(
             predicted(found, prices, size, 2, direction) / found["together"][f"{size.tokens} {direction}"] - 1
@@ -191,4 +196,4 @@ def predicted(found: dict, prices: model.Fit, size: Size, ranks: int, direction:
     message = state_bytes(size.batch, size.heads, size.head_dim, size.head_dim)
     passes = 2 if direction == TRAINING else 1
     exchanged = exchange_seconds([link(found)] * rounds(ranks), message)
-    return prices.seconds(units.state(size)) + passes * exchanged
+    return prices.seconds(SUBJECTS[SEQUENCE_PARALLEL].units(size)) + passes * exchanged
