@@ -3,13 +3,8 @@
 A new operator gets all of it by one entry in ``cases.CASES`` and its float64 formula in ``formulas``.
 """
 
-from .cases import (
-    CASES,
-    ELSEWHERE,
+from .backends import (
     SIXTEEN_BITS_ONLY,
-    UNEVEN,
-    Case,
-    Shape,
     all_cases,
     backends_of,
     case_and_backend,
@@ -20,6 +15,7 @@ from .cases import (
     require,
     small,
 )
+from .cases import CASES, ELSEWHERE, UNEVEN, Case, Shape
 from .layouts import LAYOUTS, Placed, place
 from .modes import GuardedAllocations, RecordedCalls, fresh_compiler, launch, skip_level_of_other_tests
 from .rule import Result, assert_same_bits, assert_within_budget, run
